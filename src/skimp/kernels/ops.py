@@ -24,7 +24,7 @@ from skimp.cache.spec import CacheSpec
 from skimp.model.layers import Linear, RMSNorm
 from skimp.model.spec import Activation, AttentionSpec
 
-PackLayout = Literal["stack", "gated"]
+PackLayout = Literal["stack", "gated", "table"]
 
 
 @dataclass
@@ -72,12 +72,17 @@ class Ops(Protocol):
     """A backend. ``Any`` matrices are the backend's own packed form, made by :meth:`pack`."""
 
     def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> Any:
-        """One matrix from several that share their input: outputs stacked in order, or, for
-        ``gated``, (gate, up) arranged so that ``act(gate) * up`` is an epilogue."""
+        """One matrix from several that share their input.
+
+        ``stack``: outputs side by side in order. ``gated``: (gate, up) arranged so that
+        ``act(gate) * up`` is an epilogue. ``table``: a stack whose rows :meth:`embed` can read
+        too, so tied embeddings are held once. The backend may set ``linear.weight`` to None once
+        it holds its own copy.
+        """
         ...
 
-    def embed(self, step: StepInputs, table: Tensor, scale: float) -> Tensor:
-        """Rows of the table times ``scale``: float32 [R, D]."""
+    def embed(self, step: StepInputs, table: Any, scale: float) -> Tensor:
+        """Rows ``step.token_ids`` of a ``table`` matrix times ``scale``: float32 [R, D]."""
         ...
 
     def matmul(

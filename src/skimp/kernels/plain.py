@@ -1,0 +1,314 @@
+"""The plain backend: every kernel in PyTorch, on any device, as the reference for the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skimp.kernels.ops import AttentionParams, LayerCache, PackLayout, StepInputs
+from skimp.model.layers import Linear, RMSNorm
+from skimp.model.spec import Activation
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+KEY_BLOCK = 64  # keys per block where the order of summation must not depend on the step
+
+
+@dataclass
+class PlainMatrix:
+    """Several Linears that share their input; a serving copy is fused, a training one is not."""
+
+    linears: tuple[Linear, ...]
+    fused: Tensor | None = None  # [sum of out_features, in_features], or oneDNN's own layout
+    bias: Tensor | None = None
+    onednn: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        weight = self.linears[0].weight if self.fused is None else self.fused
+        assert weight is not None
+        return weight.dtype
+
+
+def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    """Float32 in, float32 out; the mean is over the last axis."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps) * norm.factor()
+
+
+def apply_rope(x_RHK: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate the first ``2 * cos.shape[-1]`` dims of each head; cos and sin are [R, dims / 2]."""
+    dims = 2 * cos.shape[-1]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    rotated, rest = x_RHK[..., :dims], x_RHK[..., dims:]
+    if interleaved:
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = rotated.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+class PlainOps:
+    """``serving`` fuses and takes over the weights (no autograd); ``deterministic`` makes a row's
+    result independent of the other rows by giving every product a fixed shape, slowly."""
+
+    def __init__(self, *, serving: bool = False, deterministic: bool = False) -> None:
+        self.serving = serving
+        self.deterministic = deterministic
+
+    # ---- matrices -------------------------------------------------------------------------
+
+    def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> PlainMatrix:
+        matrix = PlainMatrix(tuple(linears))
+        if not self.serving:
+            return matrix
+        with torch.no_grad():
+            weights = [linear.weight for linear in linears if linear.weight is not None]
+            assert len(weights) == len(linears), "these matrices were packed before"
+            fused = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0]
+            fused = fused.detach()
+            if linears[0].bias is not None:
+                biases = [linear.bias for linear in linears if linear.bias is not None]
+                matrix.bias = torch.cat([bias.detach() for bias in biases])
+            if self._prepacks(fused, layout):
+                fused = torch.ops.mkldnn._reorder_linear_weight(fused.to_mkldnn(), None)
+                matrix.onednn = True
+            matrix.fused = fused
+        if layout != "table":
+            for linear in linears:
+                linear.weight = None
+        return matrix
+
+    def _prepacks(self, weight: Tensor, layout: PackLayout) -> bool:
+        # float32 products stay with F.linear, which already reads row-major weights at full rate.
+        return (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.bfloat16
+            and layout != "table"
+            and not self.deterministic
+            and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    def _product(self, x: Tensor, matrix: PlainMatrix) -> Tensor:
+        if matrix.fused is None:
+            parts = [F.linear(x, _weight(m), m.bias) for m in matrix.linears]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if matrix.onednn:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, matrix.fused, matrix.bias, "none", [], ""
+            )
+            return y
+        if self.deterministic:
+            rows = [F.linear(row, matrix.fused, matrix.bias) for row in x.split(1)]
+            return torch.cat(rows) if rows else F.linear(x, matrix.fused, matrix.bias)
+        return F.linear(x, matrix.fused, matrix.bias)
+
+    def embed(self, step: StepInputs, table: PlainMatrix, scale: float) -> Tensor:
+        weight = _weight(table.linears[0]) if table.fused is None else table.fused
+        x = F.embedding(step.token_ids, weight).float()
+        return x * scale if scale != 1.0 else x
+
+    def matmul(
+        self,
+        x: Tensor,
+        matrix: PlainMatrix,
+        *,
+        norm: RMSNorm | None = None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if norm is not None:
+            x = rms_norm(x, norm)
+        y = self._product(x.to(matrix.dtype), matrix)
+        if activation is not None:
+            gate, up = y.chunk(2, dim=-1)
+            y = ACTIVATIONS[activation](gate) * up
+        return y if residual is None else residual + y.float()
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
+        return x + rms_norm(y, norm)
+
+    def logits(
+        self,
+        x: Tensor,
+        matrix: PlainMatrix,
+        norm: RMSNorm,
+        softcap: float | None,
+        step: StepInputs,
+    ) -> Tensor:
+        rows = x.index_select(0, step.logit_rows.to(torch.int64))
+        y = self.matmul(rows, matrix, norm=norm).float()
+        return y if softcap is None else softcap * torch.tanh(y / softcap)
+
+    # ---- attention ------------------------------------------------------------------------
+
+    def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
+        spec = params.spec
+        dtype = qkv.dtype
+        q, k, v = qkv.float().split((spec.q_dim, spec.kv_dim, spec.kv_dim), dim=-1)
+        q = q.unflatten(-1, (spec.num_heads, spec.head_dim))
+        k = k.unflatten(-1, (spec.num_kv_heads, spec.head_dim))
+        v = v.unflatten(-1, (spec.num_kv_heads, spec.head_dim))
+        if params.q_norm is not None and params.k_norm is not None:
+            q, k = rms_norm(q, params.q_norm), rms_norm(k, params.k_norm)
+        if params.rope is not None and spec.rope is not None:
+            positions = step.positions.to(torch.int64)
+            cos, sin = params.rope[0][positions], params.rope[1][positions]
+            q = apply_rope(q, cos, sin, interleaved=spec.rope.interleaved)
+            k = apply_rope(k, cos, sin, interleaved=spec.rope.interleaved)
+        k, v = k.to(dtype), v.to(dtype)
+        if step.arena is not None:
+            assert params.cache is not None, "the decoder was bound without a cache"
+            _append(k, v, params.cache, step)
+        out = torch.empty_like(q)
+        for rows, keys, values, key_positions in _sequences(k, v, params, step):
+            out[rows] = self._attend(q[rows], keys, values, key_positions, rows, params, step)
+        return out.flatten(1).to(dtype)
+
+    def _attend(
+        self,
+        q_RHK: Tensor,
+        keys_TGK: Tensor,
+        values_TGK: Tensor,
+        key_positions: Tensor,
+        rows: slice,
+        params: AttentionParams,
+        step: StepInputs,
+    ) -> Tensor:
+        """One sequence: R rows over T keys of G key-value heads; float32 [R, H, K]."""
+        spec = params.spec
+        ends, positions = step.kv_end[rows], step.positions[rows]
+        mask = key_positions[None, :] < ends[:, None]
+        if spec.window is not None:
+            mask &= key_positions[None, :] > positions[:, None] - spec.window
+        group = spec.num_heads // spec.num_kv_heads
+        keys = keys_TGK.float().repeat_interleave(group, dim=1)
+        values = values_TGK.float().repeat_interleave(group, dim=1)
+        sinks = params.sinks
+        if self.deterministic:
+            outs = [
+                _row_by_blocks(q, keys, values, mask[i], spec.scale, spec.softcap, sinks)
+                for i, q in enumerate(q_RHK)
+            ]
+            return torch.stack(outs)
+        scores = torch.einsum("rhk,thk->hrt", q_RHK, keys) * spec.scale
+        if spec.softcap is not None:
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+        scores = scores.masked_fill(~mask, -math.inf)
+        if sinks is not None:
+            sink = sinks.float()[:, None, None].expand(-1, scores.shape[1], 1)
+            weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        return torch.einsum("hrt,thk->rhk", weights, values)
+
+
+def _weight(linear: Linear) -> Tensor:
+    assert linear.weight is not None, "another backend has taken this weight"
+    return linear.weight
+
+
+def _flat(arena: Tensor, dtype: torch.dtype) -> Tensor:
+    return arena.view(dtype)
+
+
+def _cache_index(cache: LayerCache, step: StepInputs, seq: Tensor, positions: Tensor) -> Tensor:
+    """Element index of head 0, dim 0 of the keys of each (seq, position), in the flat arena."""
+    itemsize = getattr(torch, cache.spec.dtype).itemsize
+    tokens = cache.page_tokens
+    table = step.block_tables[cache.group]
+    pages = table[seq.to(torch.int64), (positions // tokens).to(torch.int64)].to(torch.int64)
+    return (pages * 64 + cache.offset) // itemsize + (positions % tokens) * cache.spec.shape[1]
+
+
+def _head_steps(cache: LayerCache, device: torch.device) -> Tensor:
+    """Offsets from a token's base index to its [kv_heads, head_dim] elements."""
+    heads, dim = cache.spec.shape
+    head = torch.arange(heads, device=device)[:, None] * (cache.page_tokens * dim)
+    return head + torch.arange(dim, device=device)[None, :]
+
+
+def _append(k_RGK: Tensor, v_RGK: Tensor, cache: LayerCache, step: StepInputs) -> None:
+    assert step.arena is not None
+    flat = _flat(step.arena, k_RGK.dtype)
+    base = _cache_index(cache, step, step.row_seq, step.positions)
+    index = base[:, None, None] + _head_steps(cache, base.device)
+    heads, dim = cache.spec.shape
+    flat[index] = k_RGK
+    flat[index + heads * dim * cache.page_tokens] = v_RGK
+
+
+def _sequences(
+    k_RGK: Tensor, v_RGK: Tensor, params: AttentionParams, step: StepInputs
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """For each sequence of the step: its rows, the keys and values they may see, positions."""
+    starts = step.seq_starts.tolist()
+    for first, last in zip(starts[:-1], starts[1:]):
+        rows = slice(first, last)
+        if step.arena is None:
+            yield rows, k_RGK[rows], v_RGK[rows], step.positions[rows]
+            continue
+        cache, window = params.cache, params.spec.window
+        assert cache is not None
+        low = 0 if window is None else max(0, int(step.positions[first]) - window + 1)
+        low -= low % KEY_BLOCK  # blocks lie at absolute positions, whatever the step asks for
+        high = int(step.kv_end[rows].max())
+        positions = torch.arange(low, high, device=k_RGK.device)
+        seq = step.row_seq[first].expand(high - low)
+        # Pages before a window may have been freed: their stale entries are masked, never used.
+        index = _cache_index(cache, step, seq, positions)[:, None, None]
+        index = index + _head_steps(cache, index.device)
+        flat = _flat(step.arena, k_RGK.dtype)
+        heads, dim = cache.spec.shape
+        keys, values = flat[index], flat[index + heads * dim * cache.page_tokens]
+        if window is not None:
+            visible = positions > int(step.positions[first]) - window
+            values = values.masked_fill(~visible[:, None, None], 0)
+            keys = keys.masked_fill(~visible[:, None, None], 0)
+        yield rows, keys, values, positions
+
+
+def _row_by_blocks(
+    q_HK: Tensor,
+    keys_THK: Tensor,
+    values_THK: Tensor,
+    mask_T: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Online softmax (Milakov & Gimelshein 2018) over key blocks of one fixed shape."""
+    heads, dim = q_HK.shape
+    peak = torch.full((heads,), -math.inf) if sinks is None else sinks.float().clone()
+    total = torch.zeros(heads) if sinks is None else torch.ones(heads)
+    acc = torch.zeros(heads, dim)
+    for start in range(0, keys_THK.shape[0], KEY_BLOCK):
+        mask = mask_T[start : start + KEY_BLOCK]
+        if not mask.any():
+            continue
+        pad = KEY_BLOCK - mask.shape[0]
+        mask = F.pad(mask, (0, pad))
+        keys = F.pad(keys_THK[start : start + KEY_BLOCK], (0, 0, 0, 0, 0, pad))
+        values = F.pad(values_THK[start : start + KEY_BLOCK], (0, 0, 0, 0, 0, pad))
+        scores = torch.einsum("hk,thk->ht", q_HK, keys) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, -math.inf)
+        new_peak = torch.maximum(peak, scores.amax(-1))
+        shrink = torch.exp(peak - new_peak)
+        weights = torch.exp(scores - new_peak[:, None])
+        total = total * shrink + weights.sum(-1)
+        acc = acc * shrink[:, None] + torch.einsum("ht,thk->hk", weights, values)
+        peak = new_peak
+    return acc / total[:, None]

@@ -1,0 +1,102 @@
+"""The generic decoder: a list of layers, each a mixer and an ffn, around a residual stream.
+
+A decoder is built from a :class:`~skimp.model.spec.ModelSpec`, given weights, then *bound* to a
+backend (``bind``), which packs the matrices for its kernels and fixes each layer's place in the
+cache. It never knows which backend or engine it runs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skimp.cache.spec import CacheSpec
+from skimp.kernels.ops import LayerCache, Ops, StepInputs
+from skimp.model.ffn import GatedFFN
+from skimp.model.layers import Linear, RMSNorm
+from skimp.model.mixers.attention import Attention, cache_spec
+from skimp.model.rope import rope_tables
+from skimp.model.spec import LayerSpec, ModelSpec, RopeSpec
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, spec: LayerSpec, model: ModelSpec) -> None:
+        super().__init__()
+
+        def norm() -> RMSNorm:
+            return RMSNorm(model.hidden_size, eps=model.norm_eps, plus_one=model.norm_plus_one)
+
+        self.mixer_norm = norm()
+        self.mixer = Attention(
+            spec.mixer,
+            model.hidden_size,
+            norm_eps=model.norm_eps,
+            norm_plus_one=model.norm_plus_one,
+        )
+        self.mixer_post_norm = norm() if spec.post_norms else None
+        self.ffn_norm = norm()
+        self.ffn = GatedFFN(spec.ffn, model.hidden_size)
+        self.ffn_post_norm = norm() if spec.post_norms else None
+
+    def forward(self, x_RD: Tensor, ops: Ops, step: StepInputs) -> Tensor:
+        x_RD = self.mixer(x_RD, self.mixer_norm, self.mixer_post_norm, ops, step)
+        return self.ffn(x_RD, self.ffn_norm, self.ffn_post_norm, ops, step)
+
+
+class Decoder(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed_tokens = Linear(spec.hidden_size, spec.vocab_size)
+        self.layers = nn.ModuleList(DecoderLayer(layer, spec) for layer in spec.layers)
+        self.norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, plus_one=spec.norm_plus_one)
+        if not spec.tie_embeddings:
+            self.lm_head = Linear(spec.hidden_size, spec.vocab_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def cache_specs(self, dtype: torch.dtype | None = None) -> list[CacheSpec]:
+        """What each layer remembers, in layer order; ``dtype`` defaults to the weights'."""
+        return [cache_spec(layer.mixer, dtype or self.dtype) for layer in self.spec.layers]
+
+    def bind(
+        self,
+        ops: Ops,
+        *,
+        caches: Sequence[LayerCache] | None = None,
+        max_positions: int | None = None,
+    ) -> Decoder:
+        """Pack all weights for ``ops``, layer by layer, and return self.
+
+        ``caches`` gives each layer its place in the cache pages (None: no cache);
+        ``max_positions`` bounds the positions a step may name (default: the spec's).
+        """
+        tables: dict[RopeSpec, tuple[Tensor, Tensor]] = {}
+        device = self.norm.weight.device
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, DecoderLayer)
+            rope = layer.mixer.spec.rope
+            if rope is not None and rope not in tables:
+                cos, sin = rope_tables(rope, max_positions or self.spec.max_positions)
+                tables[rope] = (cos.to(device), sin.to(device))
+            layer.mixer.bind(ops, tables.get(rope) if rope else None, caches and caches[index])
+            layer.ffn.bind(ops)
+        if self.spec.tie_embeddings:
+            self._head: Any = ops.pack((self.embed_tokens,), "table")
+            self._table: Any = self._head
+        else:
+            self._table = ops.pack((self.embed_tokens,), "table")
+            self._head = ops.pack((self.lm_head,))
+        return self
+
+    def forward(self, step: StepInputs, ops: Ops) -> Tensor:
+        """Logits float32 [L, V] of ``step.logit_rows``; the caches gain the step's rows."""
+        x_RD = ops.embed(step, self._table, self.spec.embed_scale)
+        for layer in self.layers:
+            x_RD = layer(x_RD, ops, step)
+        return ops.logits(x_RD, self._head, self.norm, self.spec.logit_softcap, step)
