@@ -1,0 +1,40 @@
+# `make demo` then `make test` are all the set-up there is.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Without a GPU, pin the CPU build of PyTorch.
+CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --constraint constraints-cpu.txt)
+NATIVE := $(wildcard src/skimp/kernels/native/src/*) setup.py
+
+.PHONY: demo test test-all lint format clean
+
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/skimp info tales
+	$(BIN)/skimp generate tales "Once upon a time there was a little fox who" --max-tokens 200 --seed 7
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info src/skimp/kernels/native/*.so
