@@ -1,0 +1,64 @@
+"""What a user may set about an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from skimp.errors import OptionError
+
+Backend = Literal["auto", "native", "plain"]
+DTypeName = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Options of an :class:`~skimp.engine.Engine`; a wrong one raises ``OptionError``.
+
+    ``cache_bytes`` is the arena's whole budget (None: what ``max_batch`` sequences of
+    ``max_context`` tokens need, but at most a quarter of the free memory). ``token_budget`` is the
+    most prompt and generated tokens one step computes. ``deterministic`` makes every request's
+    tokens independent of what else is in the batch, bit by bit; float32 on the native backend is
+    so anyway. ``max_context`` defaults to the model's own limit.
+    """
+
+    dtype: DTypeName = "auto"
+    device: str = "cpu"
+    threads: int | None = None
+    cache_bytes: int | None = None
+    max_batch: int = 64
+    token_budget: int = 512
+    max_context: int | None = None
+    page_tokens: int = 16
+    prefix_cache: bool = True
+    backend: Backend = "auto"
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "token_budget", "page_tokens"):
+            self._check_count(name, getattr(self, name))
+        for name in ("threads", "cache_bytes", "max_context"):
+            if getattr(self, name) is not None:
+                self._check_count(name, getattr(self, name))
+        for name in ("prefix_cache", "deterministic"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name}: expected true or false, got {getattr(self, name)!r}")
+        self._check_choice("dtype", get_args(DTypeName))
+        self._check_choice("backend", get_args(Backend))
+        if self.device not in ("cpu", "cuda"):
+            raise OptionError(f"device: expected cpu or cuda, got {self.device!r}")
+        if self.device == "cuda" and self.backend == "native":
+            raise OptionError("backend: native kernels run on the cpu, but device is cuda")
+
+    def _check_count(self, name: str, value: Any) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise OptionError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            listed = ", ".join(allowed)
+            raise OptionError(f"{name}: expected one of {listed}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        return tuple(f.name for f in fields(cls))

@@ -1,0 +1,125 @@
+"""Decides how many tokens of which sequences the next step computes.
+
+There are no phases: a prompt's tokens and a generated token are alike, and one budget covers both.
+Every sequence has tokens that are known and a cache that holds the first few of them; the
+scheduler hands out the difference. When pages run out the sequence that came last gives its own
+back and is computed again later (preemption by recompute).
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from skimp.cache import CacheManager
+from skimp.engine.request import Sequence
+
+
+@dataclass(frozen=True)
+class Work:
+    """Compute ``num_tokens`` known tokens of ``seq`` from position ``start`` on."""
+
+    seq: Sequence
+    start: int
+    num_tokens: int
+    num_logits: int  # of the last rows
+
+    @property
+    def reaches_end(self) -> bool:
+        return self.start + self.num_tokens == len(self.seq.tokens)
+
+
+class Scheduler:
+    def __init__(
+        self, cache: CacheManager, *, token_budget: int, max_batch: int, max_logits: int
+    ) -> None:
+        self.cache = cache
+        self.token_budget = token_budget
+        self.max_batch = max_batch
+        self.max_logits = max_logits
+        self.running: list[Sequence] = []  # in order of rank: the first is preempted last
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self.preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        heapq.heappush(self._waiting, (seq.rank, seq))
+
+    def start_running(self, seq: Sequence) -> None:
+        """Admit a fork, whose cache is already open, beside its parent."""
+        self.running.append(seq)
+        self.running.sort(key=lambda s: s.rank)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def has_work(self) -> bool:
+        return bool(self.running or self._waiting)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a finished or aborted sequence; its pages go back."""
+        if seq.cache is not None:
+            self.cache.close(seq.cache)
+            seq.cache = None
+        if seq in self.running:
+            self.running.remove(seq)
+        else:
+            self._waiting = [item for item in self._waiting if item[1] is not seq]
+            heapq.heapify(self._waiting)
+
+    def schedule(self) -> list[Work]:
+        """The next step, with cache room reserved for each part of it."""
+        work: list[Work] = []
+        budget, logits = self.token_budget, self.max_logits
+        preempted = False
+        index = 0
+        while index < len(self.running) and budget and logits:
+            seq = self.running[index]
+            item = self._size(seq, budget, logits)
+            while seq.cache is not None and not self.cache.append(seq.cache, item.num_tokens):
+                self._preempt(self.running[-1])
+                preempted = True
+            if seq.cache is None:
+                break  # it was itself the last
+            work.append(item)
+            budget -= item.num_tokens
+            logits -= item.num_logits
+            index += 1
+        while self._waiting and budget and logits and not preempted:
+            seq = self._waiting[0][1]
+            places = 1 if seq.forked else seq.request.params.n
+            if len(self.running) + places > self.max_batch:
+                break
+            seq.cache = self.cache.open(
+                seq.tokens if seq.request.may_reuse_prefix else [], salt=seq.request.salt
+            )
+            seq.num_reused = seq.cache.length
+            item = self._size(seq, budget, logits)
+            if not self.cache.append(seq.cache, item.num_tokens):
+                self.cache.close(seq.cache)
+                seq.cache = None
+                break
+            heapq.heappop(self._waiting)
+            self.start_running(seq)
+            work.append(item)
+            budget -= item.num_tokens
+            logits -= item.num_logits
+        return work
+
+    def _size(self, seq: Sequence, budget: int, logits: int) -> Work:
+        assert seq.cache is not None
+        start = seq.cache.length
+        num_tokens = min(len(seq.tokens) - start, budget)
+        if seq.wants_prompt_logprobs(start):
+            num_tokens = min(num_tokens, logits)
+            return Work(seq, start, num_tokens, num_tokens)
+        ends = start + num_tokens == len(seq.tokens)
+        return Work(seq, start, num_tokens, int(ends))
+
+    def _preempt(self, seq: Sequence) -> None:
+        assert seq.cache is not None
+        self.cache.preempt(seq.cache)
+        seq.cache = None
+        self.running.remove(seq)
+        self.preemptions += 1
+        self.add(seq)
