@@ -3,106 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from skimp.cache import Arena, CacheLayout, CacheManager
+from skimp.cache import CacheManager
+from skimp.engine.backends import Backend, StepBuffers
 from skimp.engine.scheduler import Work
-from skimp.kernels import native
-from skimp.kernels.ops import StepInputs
-from skimp.kernels.plain import PlainOps
-from skimp.model.decoder import Decoder
-
-
-class Backend(Protocol):
-    """Runs the bound decoder over the first rows of the runner's input buffers."""
-
-    name: str
-
-    def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
-        """Logits float32 [num_logits, V]; valid until the next call."""
-        ...
-
-
-class StepBuffers:
-    """The inputs of a step at fixed addresses, large enough for any step."""
-
-    def __init__(
-        self,
-        layout: CacheLayout,
-        arena: Arena,
-        *,
-        max_rows: int,
-        max_seqs: int,
-        max_logits: int,
-        max_context: int,
-    ) -> None:
-        def ints(*shape: int) -> np.ndarray:
-            return np.zeros(shape, dtype=np.int32)
-
-        self.token_ids, self.positions, self.row_seq = ints(max_rows), ints(max_rows), ints(max_rows)
-        self.kv_end, self.seq_starts = ints(max_rows), ints(max_seqs + 1)
-        self.logit_rows = ints(max_logits)
-        self.tables = [
-            ints(max_seqs, -(-max_context // group.page_tokens)) for group in layout.groups
-        ]
-        self.arena = arena.buffer
-        self.max_rows, self.max_seqs, self.max_logits = max_rows, max_seqs, max_logits
-
-    def step_inputs(
-        self, rows: int | None = None, num_seqs: int | None = None, num_logits: int | None = None
-    ) -> StepInputs:
-        """Tensors that share memory with the buffers, cut to the step (None: whole buffers)."""
-        rows = self.max_rows if rows is None else rows
-        num_seqs = self.max_seqs if num_seqs is None else num_seqs
-        num_logits = self.max_logits if num_logits is None else num_logits
-        return StepInputs(
-            token_ids=torch.from_numpy(self.token_ids[:rows]),
-            positions=torch.from_numpy(self.positions[:rows]),
-            row_seq=torch.from_numpy(self.row_seq[:rows]),
-            kv_end=torch.from_numpy(self.kv_end[:rows]),
-            seq_starts=torch.from_numpy(self.seq_starts[: num_seqs + 1]),
-            logit_rows=torch.from_numpy(self.logit_rows[:num_logits]),
-            arena=self.arena,
-            block_tables=tuple(torch.from_numpy(table[:num_seqs]) for table in self.tables),
-        )
-
-
-class PlainBackend:
-    name = "plain"
-
-    def __init__(self, decoder: Decoder, buffers: StepBuffers, ops: PlainOps) -> None:
-        self._decoder, self._buffers, self._ops = decoder, buffers, ops
-
-    @torch.inference_mode()
-    def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
-        step = self._buffers.step_inputs(rows, num_seqs, num_logits)
-        return self._decoder(step, self._ops)
-
-
-class NativeBackend:
-    """The whole step captured once as a program of native kernels, replayed for any size."""
-
-    name = "native"
-
-    def __init__(self, decoder: Decoder, buffers: StepBuffers, ops: native.NativeOps) -> None:
-        with (
-            torch.inference_mode(),
-            ops.capture(
-                max_rows=buffers.max_rows,
-                max_seqs=buffers.max_seqs,
-                max_logits=buffers.max_logits,
-            ) as program,
-        ):
-            self._logits = decoder(buffers.step_inputs(), ops)
-        self._program = program
-
-    def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
-        self._program.run(rows, num_seqs, num_logits)
-        return self._logits[:num_logits]
 
 
 class Runner:
@@ -123,7 +30,7 @@ class Runner:
                 buffers.row_seq[row] = index
             else:
                 rows = slice(row, row + count)
-                buffers.token_ids[rows] = item.seq.tokens[start : start + count]
+                buffers.token_ids[rows] = item.token_ids
                 buffers.positions[rows] = np.arange(start, start + count)
                 buffers.kv_end[rows] = np.arange(start + 1, start + count + 1)
                 buffers.row_seq[rows] = index

@@ -12,28 +12,46 @@ import heapq
 from dataclasses import dataclass
 
 from skimp.cache import CacheManager
+from skimp.decoding.proposal import Proposer
 from skimp.engine.request import Sequence
 
 
 @dataclass(frozen=True)
 class Work:
-    """Compute ``num_tokens`` known tokens of ``seq`` from position ``start`` on."""
+    """Compute tokens of ``seq`` from position ``start`` on: known ones, then drafted ones."""
 
     seq: Sequence
     start: int
-    num_tokens: int
+    num_known: int
     num_logits: int  # of the last rows
+    draft: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_known + len(self.draft)
 
     @property
     def reaches_end(self) -> bool:
-        return self.start + self.num_tokens == len(self.seq.tokens)
+        """Whether new tokens can be drawn from its logits."""
+        return self.start + self.num_known == len(self.seq.tokens)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [*self.seq.tokens[self.start : self.start + self.num_known], *self.draft]
 
 
 class Scheduler:
     def __init__(
-        self, cache: CacheManager, *, token_budget: int, max_batch: int, max_logits: int
+        self,
+        cache: CacheManager,
+        proposer: Proposer,
+        *,
+        token_budget: int,
+        max_batch: int,
+        max_logits: int,
     ) -> None:
         self.cache = cache
+        self.proposer = proposer
         self.token_budget = token_budget
         self.max_batch = max_batch
         self.max_logits = max_logits
@@ -109,12 +127,15 @@ class Scheduler:
     def _size(self, seq: Sequence, budget: int, logits: int) -> Work:
         assert seq.cache is not None
         start = seq.cache.length
-        num_tokens = min(len(seq.tokens) - start, budget)
+        known = min(len(seq.tokens) - start, budget)
         if seq.wants_prompt_logprobs(start):
-            num_tokens = min(num_tokens, logits)
-            return Work(seq, start, num_tokens, num_tokens)
-        ends = start + num_tokens == len(seq.tokens)
-        return Work(seq, start, num_tokens, int(ends))
+            known = min(known, logits)
+            return Work(seq, start, known, known)
+        if start + known < len(seq.tokens):
+            return Work(seq, start, known, 0)
+        room = min(budget - known, logits - 1, seq.tokens_left - 1)
+        draft = self.proposer.propose(seq.tokens, room) if room > 0 else ()
+        return Work(seq, start, known, 1 + len(draft), tuple(draft))
 
     def _preempt(self, seq: Sequence) -> None:
         assert seq.cache is not None

@@ -1,0 +1,395 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skimp.cache import Arena, CacheLayout, CacheManager
+from skimp.decoding.params import SamplingParams
+from skimp.decoding.proposal import Accepted, DrawAndCompare, NoProposer, Proposer
+from skimp.decoding.rows import RowState, resolve_bad_words
+from skimp.decoding.sampler import Sampler, prompt_logprobs
+from skimp.engine.backends import StepBuffers, choose_backend
+from skimp.engine.options import EngineOptions
+from skimp.engine.request import Request, RequestOutput, Sequence
+from skimp.engine.runner import Runner
+from skimp.engine.scheduler import Scheduler, Work
+from skimp.errors import OptionError, RequestError
+from skimp.model.decoder import Decoder
+from skimp.model.loading import load_decoder
+from skimp.model.locate import locate_model
+from skimp.text.tokenizer import Tokenizer
+
+Prompt = str | Seq[int]
+MAX_CACHE_SHARE = 0.25  # of the free memory, when cache_bytes is not given
+
+
+class Engine:
+    """Serves one model. Not thread-safe: one thread adds requests and steps.
+
+    ``decoder`` must have its weights and must not be bound; the engine takes it over.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None = None,
+        options: EngineOptions | None = None,
+        *,
+        proposer: Proposer | None = None,
+    ) -> None:
+        options = options or EngineOptions()
+        self.spec, self.tokenizer, self.options = decoder.spec, tokenizer, options
+        self.decoder = decoder
+        self.dtype = decoder.dtype
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in decoder.parameters())
+        self.max_context = _max_context(decoder, options)
+        layout = CacheLayout.from_specs(decoder.cache_specs(), page_tokens=options.page_tokens)
+        budget = options.cache_bytes or _default_cache_bytes(layout, options, self.max_context)
+        arena = Arena(budget, layout, device=torch.device(options.device))
+        self.cache = CacheManager(layout, arena, enable_prefix=options.prefix_cache)
+        max_logits = max(options.max_batch, 128)
+        buffers = StepBuffers(
+            layout,
+            arena,
+            max_rows=max(options.token_budget, options.max_batch),
+            max_seqs=options.max_batch,
+            max_logits=max_logits,
+            max_context=self.max_context,
+        )
+        backend = choose_backend(decoder, layout, buffers, options, self.max_context)
+        self.backend_name = backend.name
+        self.runner = Runner(backend, buffers, self.cache)
+        self.scheduler = Scheduler(
+            self.cache,
+            proposer or NoProposer(),
+            token_budget=options.token_budget,
+            max_batch=options.max_batch,
+            max_logits=max_logits,
+        )
+        self._acceptor = DrawAndCompare(Sampler())
+        self._requests: dict[str, Request] = {}
+        self._arrivals = itertools.count()
+        self._pending: list[RequestOutput] = []
+
+    @classmethod
+    def load(cls, model: str | Path, options: EngineOptions | None = None) -> Engine:
+        """An engine for an embedded model's name, a directory, or a Hub id.
+
+        Raises ``SkimpError`` naming the field or file when the model or an option is wrong.
+        """
+        options = options or EngineOptions()
+        path = locate_model(str(model))
+        decoder = load_decoder(path, dtype=options.dtype)
+        return cls(decoder, Tokenizer.load(path), options)
+
+    @classmethod
+    def from_decoder(
+        cls,
+        decoder: Decoder,
+        tokenizer: Tokenizer | None = None,
+        options: EngineOptions | None = None,
+    ) -> Engine:
+        return cls(decoder, tokenizer, options)
+
+    # ---- requests -------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        salt: str | None = None,
+    ) -> str:
+        """Queue a prompt (text or token ids); the lower ``priority`` is served first.
+
+        ``salt`` keeps prefix reuse among requests of the same salt. Raises ``RequestError`` at
+        once for what can never be served.
+        """
+        params = params or SamplingParams()
+        arrival = next(self._arrivals)
+        request_id = request_id or f"request-{arrival}"
+        if request_id in self._requests:
+            raise RequestError(f"request_id: {request_id!r} is already being served")
+        prompt_ids = self._encode(prompt)
+        max_tokens = self._check_fits(prompt_ids, params)
+        request = Request(
+            request_id,
+            prompt_ids,
+            params,
+            priority=priority,
+            arrival_index=arrival,
+            max_tokens=max_tokens,
+            salt=salt,
+        )
+        request.sequences.append(self._sequence(request, 0))
+        self._requests[request_id] = request
+        self.scheduler.add(request.sequences[0])
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request and give its pages back; unknown ids are ignored (it may have ended)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        for seq in request.sequences:
+            if seq.finish_reason is None:
+                self._finish(seq, "abort")
+        self._pending.append(self._close(request))
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests or self._pending)
+
+    def generate(
+        self, prompts: Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Serve all prompts to the end, batched; outputs in the order of the prompts."""
+        if isinstance(params, SamplingParams) or params is None:
+            params = [params or SamplingParams()] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(f"params: {len(params)} given for {len(prompts)} prompts")
+        ids: list[str] = []
+        try:
+            for prompt, one in zip(prompts, params):
+                ids.append(self.add_request(prompt, one))
+            done: dict[str, RequestOutput] = {}
+            while len(done) < len(ids):
+                done |= {out.request_id: out for out in self.step() if out.finished}
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+            raise
+        return [done[request_id] for request_id in ids]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Iterator[RequestOutput]:
+        """Serve one prompt, yielding after every step that adds to it.
+
+        ``delta`` carries the new text of sample 0. Leaving the iterator early aborts the request.
+        """
+        request_id = self.add_request(prompt, params)
+        try:
+            finished = False
+            while not finished:
+                for out in self.step():
+                    if out.request_id == request_id:
+                        finished = out.finished
+                        yield out
+        finally:
+            self.abort(request_id)
+            self._pending = [out for out in self._pending if out.request_id != request_id]
+
+    # ---- the step -------------------------------------------------------------------------
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step; outputs of the requests that gained tokens or ended."""
+        outputs, self._pending = self._pending, []
+        work = self.scheduler.schedule()
+        if not work:
+            assert outputs or not self._requests, "requests wait, but none could be scheduled"
+            return outputs
+        logits = self.runner.run(work)
+        draws: list[tuple[Work, list[Sequence]]] = []
+        lines: list[int] = []
+        line = 0
+        for item in work:
+            line += item.num_logits
+            if item.seq.wants_prompt_logprobs(item.start):
+                self._note_prompt(item, logits[line - item.num_logits : line])
+            if item.reaches_end:
+                first = line - 1 - len(item.draft)
+                samples = self._samples(item.seq)
+                draws.append((item, samples))
+                for _ in samples:
+                    lines.extend(range(first, line))
+            else:
+                assert item.seq.cache is not None
+                self.cache.commit(item.seq.cache, item.num_known, item.token_ids)
+        if draws:
+            outputs += self._gain(draws, _select(logits, lines))
+        return outputs
+
+    def _samples(self, seq: Sequence) -> list[Sequence]:
+        """The sequences that draw from this sequence's logits: itself and, once, its forks."""
+        request = seq.request
+        if seq.forked or request.params.n == 1:
+            return [seq]
+        return [seq, *(self._sequence(request, i) for i in range(1, request.params.n))]
+
+    def _gain(
+        self, draws: list[tuple[Work, list[Sequence]]], logits: Tensor
+    ) -> list[RequestOutput]:
+        rows = [seq.sampling for _, samples in draws for seq in samples]
+        drafts = [item.draft for item, samples in draws for _ in samples]
+        accepted = iter(self._acceptor.accept(logits, rows, drafts))
+        outputs = []
+        for item, samples in draws:
+            request = item.seq.request
+            if request.metrics.first_token is None:
+                request.metrics.first_token = time.monotonic()
+                request.metrics.reused_prompt_tokens = item.seq.num_reused
+            gains = [self._advance(seq, next(accepted)) for seq in samples]
+            assert item.seq.cache is not None
+            kept = item.num_known + len(gains[0][1]) - 1
+            self.cache.commit(item.seq.cache, kept, item.token_ids[:kept])
+            for fork in samples[1:]:
+                fork.cache = self.cache.fork(item.seq.cache)
+                request.sequences.append(fork)
+                self.scheduler.start_running(fork)
+            item.seq.forked = True
+            for seq in samples:
+                if seq.finish_reason is not None:
+                    self.scheduler.remove(seq)
+            delta, tokens = gains[0] if item.seq.index == 0 else ("", [])
+            if request.finished:
+                outputs.append(self._close(request, delta=delta, new_token_ids=tokens))
+            else:
+                outputs.append(request.output(delta=delta, new_token_ids=tokens))
+        return outputs
+
+    def _advance(self, seq: Sequence, gain: Accepted) -> tuple[str, list[int]]:
+        """Add drawn tokens up to the one that ends the sequence: new text and tokens."""
+        if gain.error is not None:
+            seq.request.error = gain.error
+            seq.finish_reason = "error"
+            return "", []
+        delta, tokens = "", []
+        for token, logprob in zip(gain.tokens, gain.logprobs):
+            seq.tokens.append(token)
+            seq.sampling.commit((token,))
+            tokens.append(token)
+            if seq.logprobs is not None and logprob is not None:
+                seq.logprobs.append(logprob)
+            text, reason = seq.output.push(token)
+            if reason is None and seq.tokens_left == 0:
+                reason = "length"
+            if reason is not None:
+                text += seq.output.finish(reason)
+                seq.finish_reason = reason
+            delta += text
+            if reason is not None:
+                break
+        return delta, tokens
+
+    def _finish(self, seq: Sequence, reason: str) -> None:
+        seq.output.finish(reason)
+        seq.finish_reason = reason
+        self.scheduler.remove(seq)
+
+    def _close(
+        self, request: Request, *, delta: str = "", new_token_ids: list[int] | None = None
+    ) -> RequestOutput:
+        del self._requests[request.request_id]
+        request.metrics.finished = time.monotonic()
+        return request.output(delta=delta, new_token_ids=new_token_ids)
+
+    def _note_prompt(self, item: Work, logits: Tensor) -> None:
+        request = item.seq.request
+        noted, top = request.prompt_logprobs, request.params.prompt_logprobs
+        assert noted is not None and top is not None
+        targets = request.prompt_ids[item.start + 1 : item.start + 1 + item.num_known]
+        noted.extend(prompt_logprobs(logits[: len(targets)], targets, top))
+
+    # ---- scoring --------------------------------------------------------------------------
+
+    def score(self, token_ids: Seq[int]) -> np.ndarray:
+        """Log-probabilities (float64 [T - 1], nats) of ``token_ids[1:]``, each given its past.
+
+        Reuses no prefix. Raises ``RequestError`` when the text does not fit.
+        """
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        out = self.generate([list(token_ids)], params)[0]
+        assert out.prompt_logprobs is not None
+        return np.array([entry.logprob for entry in out.prompt_logprobs[1:] if entry is not None])
+
+    # ---- checks ---------------------------------------------------------------------------
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError("prompt: text needs a tokenizer, and this engine has none")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+            for index, token in enumerate(ids):
+                if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
+                    raise RequestError(f"prompt[{index}]: expected a token id, got {token!r}")
+                if not 0 <= token < self.spec.vocab_size:
+                    raise RequestError(
+                        f"prompt[{index}]: token id {token} is outside the vocabulary of "
+                        f"{self.spec.vocab_size}"
+                    )
+        if not ids:
+            raise RequestError("prompt: is empty, and this model has no token to begin with")
+        return ids
+
+    def _check_fits(self, prompt_ids: list[int], params: SamplingParams) -> int:
+        """The most tokens this request may generate, or RequestError when it can never fit."""
+        room = self.max_context - len(prompt_ids)
+        if room < 1:
+            raise RequestError(
+                f"prompt: {len(prompt_ids)} tokens leave no room to generate in a context of "
+                f"{self.max_context}"
+            )
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        if max_tokens > room:
+            raise RequestError(
+                f"max_tokens: {max_tokens} after a prompt of {len(prompt_ids)} tokens exceeds the "
+                f"context of {self.max_context}"
+            )
+        if params.n > self.options.max_batch:
+            raise RequestError(f"n: {params.n} samples exceed max_batch {self.options.max_batch}")
+        if not self.cache.fits(len(prompt_ids) + max_tokens):
+            raise RequestError(
+                f"prompt: {len(prompt_ids)} tokens and {max_tokens} generated ones need more cache "
+                f"than the whole budget of {self.cache.arena.budget_bytes} bytes"
+            )
+        return max_tokens
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        tokenizer = self.tokenizer
+        encode = None if tokenizer is None else tokenizer.encode_plain
+        sampling = RowState(
+            request.params,
+            vocab_size=self.spec.vocab_size,
+            prompt_ids=request.prompt_ids,
+            eos_ids=self.spec.eos_token_ids,
+            bad_words=resolve_bad_words(request.params.bad_words, encode),
+            sample_index=index,
+        )
+        return Sequence(request, index, sampling, tokenizer)
+
+
+def _select(logits: Tensor, lines: list[int]) -> Tensor:
+    if lines == list(range(logits.shape[0])):
+        return logits
+    return logits[torch.tensor(lines, device=logits.device)]
+
+
+def _max_context(decoder: Decoder, options: EngineOptions) -> int:
+    limit = decoder.spec.max_positions
+    if options.max_context is not None and options.max_context > limit:
+        raise OptionError(f"max_context: {options.max_context} exceeds the model's {limit}")
+    return options.max_context or limit
+
+
+def _default_cache_bytes(layout: CacheLayout, options: EngineOptions, max_context: int) -> int:
+    import os
+
+    need = layout.bytes_needed(max_context) * options.max_batch
+    if options.device == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(min(need, int(free * MAX_CACHE_SHARE)), layout.bytes_needed(1))

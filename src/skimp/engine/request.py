@@ -1,0 +1,158 @@
+"""A request as the engine keeps it, and what the user gets back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from skimp.cache import CacheSequence
+from skimp.decoding.params import SamplingParams
+from skimp.decoding.sampler import RowState, TokenLogprobs
+from skimp.decoding.stops import FinishReason, StopChecker
+
+
+@dataclass
+class Completion:
+    """One sample of a request. ``logprobs`` has an entry a token when they were asked for."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+@dataclass
+class Metrics:
+    """Seconds on the monotonic clock, and counts of tokens."""
+
+    arrival: float
+    first_token: float | None = None
+    finished: float | None = None
+    reused_prompt_tokens: int = 0
+    preemptions: int = 0
+
+    @property
+    def first_token_s(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrival
+
+
+@dataclass
+class RequestOutput:
+    """The state of a request after a step; ``delta`` is the text the step added to sample 0."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    finished: bool
+    metrics: Metrics
+    delta: str = ""
+    new_token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: str | None = None
+
+
+class Request:
+    """What was asked, and the sequences (one a sample) that answer it."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int,
+        arrival_index: int,
+        max_tokens: int,
+        salt: str | None,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.priority = priority
+        self.arrival_index = arrival_index
+        self.max_tokens = max_tokens
+        self.salt = salt
+        self.sequences: list[Sequence] = []
+        self.metrics = Metrics(arrival=time.monotonic())
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = (
+            None if params.prompt_logprobs is None else [None]
+        )
+        self.error: str | None = None
+
+    @property
+    def may_reuse_prefix(self) -> bool:
+        # Log-probabilities of the prompt need the prompt to be computed.
+        return self.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids)
+
+    @property
+    def finished(self) -> bool:
+        return all(seq.finish_reason is not None for seq in self.sequences)
+
+    def output(self, *, delta: str = "", new_token_ids: list[int] | None = None) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt_token_ids=self.prompt_ids,
+            outputs=[seq.completion() for seq in self.sequences],
+            finished=self.finished,
+            metrics=self.metrics,
+            delta=delta,
+            new_token_ids=new_token_ids or [],
+            prompt_logprobs=self.prompt_logprobs,
+            error=self.error,
+        )
+
+
+class Sequence:
+    """The tokens of one sample: the prompt and what was generated so far.
+
+    ``cache`` is None while the sequence waits; it holds the first ``cache.length`` tokens.
+    """
+
+    def __init__(self, request: Request, index: int, sampling: RowState, stops: StopChecker) -> None:
+        self.request = request
+        self.index = index
+        self.tokens = list(request.prompt_ids)
+        self.num_prompt = len(request.prompt_ids)
+        self.sampling = sampling
+        self.stops = stops
+        self.cache: CacheSequence | None = None
+        self.forked = index > 0  # sample 0 stands for the others until the prompt is done
+        self.text = ""
+        self.logprobs: list[TokenLogprobs] | None = (
+            None if request.params.logprobs is None else []
+        )
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        return (self.request.priority, self.request.arrival_index, self.index)
+
+    @property
+    def tokens_left(self) -> int:
+        """Output tokens that may still come."""
+        return self.request.max_tokens - (len(self.tokens) - self.num_prompt)
+
+    def wants_prompt_logprobs(self, start: int) -> bool:
+        return not self.request.may_reuse_prefix and start < self.num_prompt
+
+    def completion(self) -> Completion:
+        return Completion(
+            index=self.index,
+            text=self.text,
+            token_ids=self.tokens[self.num_prompt :],
+            finish_reason=self.finish_reason,
+            logprobs=self.logprobs,
+        )
+
+
+def metrics_dict(metrics: Metrics) -> Mapping[str, Any]:
+    """For JSON: seconds since arrival."""
+    return {
+        "first_token_s": metrics.first_token_s,
+        "total_s": None if metrics.finished is None else metrics.finished - metrics.arrival,
+        "reused_prompt_tokens": metrics.reused_prompt_tokens,
+        "preemptions": metrics.preemptions,
+    }

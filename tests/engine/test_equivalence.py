@@ -1,0 +1,114 @@
+"""Batching, chunking, preemption, prefix reuse and drafts change no token (float32)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+
+from skimp.decoding.params import SamplingParams
+from skimp.engine import Engine, EngineOptions
+
+from .conftest import random_requests, tiny_decoder
+
+BASE = EngineOptions(deterministic=True, max_batch=32, prefix_cache=False, token_budget=512)
+
+Requests = list[tuple[list[int], SamplingParams]]
+
+
+def serve(engine: Engine, requests: Requests, *, together: bool = True) -> list[list[list[int]]]:
+    """Token ids by request and sample."""
+    if together:
+        outs = engine.generate([p for p, _ in requests], [s for _, s in requests])
+    else:
+        outs = [engine.generate([p], s)[0] for p, s in requests]
+    engine.cache.audit()
+    return [[sample.token_ids for sample in out.outputs] for out in outs]
+
+
+def build(options: EngineOptions, **kwargs: object) -> Engine:
+    return Engine(tiny_decoder(), None, options, **kwargs)  # type: ignore[arg-type]
+
+
+def quarter_cache(requests: Requests) -> int:
+    """A quarter of the bytes that the 32 longest requests need together, and room for one."""
+    engine = build(BASE)
+    lengths = sorted((len(p) + (s.max_tokens or 0) for p, s in requests), reverse=True)
+    need = sum(engine.cache.layout.bytes_needed(length) for length in lengths[:32])
+    return max(need // 4, 2 * engine.cache.layout.bytes_needed(lengths[0]))
+
+
+def check_all_ways(requests: Requests, backend: str) -> None:
+    base = dataclasses.replace(BASE, backend=backend)  # type: ignore[arg-type]
+    expected = serve(build(base), requests, together=False)
+    ways = {
+        "batched": base,
+        "chunk 7": dataclasses.replace(base, token_budget=7),
+        "chunk 64": dataclasses.replace(base, token_budget=64),
+        "chunk 256": dataclasses.replace(base, token_budget=256),
+    }
+    for name, options in ways.items():
+        assert serve(build(options), requests) == expected, name
+    tight = dataclasses.replace(base, cache_bytes=quarter_cache(requests))
+    engine = build(tight)
+    assert serve(engine, requests) == expected, "a quarter of the cache"
+    assert engine.scheduler.preemptions > 0, "the tight cache did not preempt"
+    reuse = build(dataclasses.replace(base, prefix_cache=True))
+    assert serve(reuse, requests) == expected, "prefix reuse, cold"
+    assert serve(reuse, requests) == expected, "prefix reuse, warm"
+    assert reuse.cache.stats().prefix.tokens_reused > 0
+
+
+def test_native_all_ways() -> None:
+    check_all_ways(random_requests(60, seed=1), "native")
+
+
+@pytest.mark.slow
+def test_native_all_ways_300() -> None:
+    check_all_ways(random_requests(300, seed=2), "native")
+
+
+def test_plain_all_ways() -> None:
+    check_all_ways(random_requests(40, seed=3, max_prompt=40, max_output=6), "plain")
+
+
+class Oracle:
+    """Proposes what plain generation will say, with some tokens spoiled."""
+
+    def __init__(self, texts: Sequence[Sequence[int]]) -> None:
+        self.texts = [list(text) for text in texts]
+        self.proposed = 0
+
+    def propose(self, tokens: Sequence[int], room: int) -> Sequence[int]:
+        for text in self.texts:
+            if len(text) > len(tokens) and text[: len(tokens)] == list(tokens):
+                draft = text[len(tokens) : len(tokens) + min(room, 4)]
+                if len(tokens) % 3 == 0:
+                    draft[-1] = (draft[-1] + 1) % 300
+                self.proposed += len(draft)
+                return draft
+        return ()
+
+
+def test_drafts_change_nothing(backend: str) -> None:
+    requests = random_requests(16, seed=4, max_prompt=60)
+    base = dataclasses.replace(BASE, backend=backend)  # type: ignore[arg-type]
+    expected = serve(build(base), requests)
+    texts = [prompt + samples[0] for (prompt, _), samples in zip(requests, expected)]
+    oracle = Oracle(texts)
+    tight = dataclasses.replace(base, cache_bytes=quarter_cache(requests))
+    assert serve(build(tight, proposer=oracle), requests) == expected
+    assert oracle.proposed > 50
+
+
+def test_samples_of_one_prompt(backend: str) -> None:
+    """``n`` samples are what ``n`` requests with those keys would give, forks or not."""
+    prompt, _ = random_requests(1, seed=5, max_prompt=90)[0]
+    params = SamplingParams(max_tokens=12, seed=11, n=5, top_p=0.95)
+    options = dataclasses.replace(BASE, backend=backend)  # type: ignore[arg-type]
+    alone = serve(build(options), [(prompt, params)])[0]
+    assert len({tuple(sample) for sample in alone}) > 1
+    crowd = [*random_requests(10, seed=6, max_prompt=90), (prompt, params)]
+    tight = dataclasses.replace(options, cache_bytes=quarter_cache(crowd), token_budget=33)
+    assert serve(build(tight), crowd)[-1] == alone
