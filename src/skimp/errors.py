@@ -1,0 +1,32 @@
+"""Errors meant for the person at the keyboard.
+
+Each message is one line that names the field or file and, where two values disagree, both of
+them. The command line prints the message alone and exits with code 2; anything that is not a
+:class:`SkimpError` is a bug in skimp.
+"""
+
+from __future__ import annotations
+
+
+class SkimpError(ValueError):
+    """Something the user gave cannot be honoured; the message is one line."""
+
+    def __init__(self, message: str) -> None:
+        # A foreign message quoted inside ours may span lines; a log or a terminal wants one.
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(SkimpError):
+    """A model configuration is malformed, inconsistent, or asks for what skimp does not have."""
+
+
+class CheckpointError(SkimpError):
+    """A weight file is missing, damaged, or does not hold what its configuration says."""
+
+
+class ModelNotFoundError(SkimpError):
+    """A model name is no directory, no embedded model and no reachable Hub repository."""
+
+
+class SkimpWarning(UserWarning):
+    """Something configured is skipped without changing any result; the message names it."""
