@@ -28,5 +28,13 @@ class ModelNotFoundError(SkimpError):
     """A model name is no directory, no embedded model and no reachable Hub repository."""
 
 
+class OptionError(SkimpError):
+    """An engine or command option is out of range, unknown, or at odds with another."""
+
+
+class RequestError(SkimpError):
+    """A request is malformed or can never be served by this engine."""
+
+
 class SkimpWarning(UserWarning):
     """Something configured is skipped without changing any result; the message names it."""
