@@ -1,0 +1,287 @@
+"""From raw logits to the law a token is drawn from: the only place where logits are changed.
+
+Speculative sampling applies the same function to every row of the target, drafted or bonus, so the
+law it must preserve is by construction the law of plain sampling.
+
+Order, and where it comes from:
+
+1. repetition penalty (Keskar et al. 2019) over prompt and output: divide positive, multiply
+   negative logits; then frequency and presence penalties over the output only (OpenAI). This is
+   vLLM's ``apply_all_penalties``.
+2. ``logit_bias`` (OpenAI: added to the logits prior to sampling). vLLM and transformers add the
+   bias *before* the penalties; after them, a bias keeps its nominal size whatever the penalty.
+3. masks (-inf): end tokens before ``min_tokens``, the last token of a bad word, and tokens a
+   grammar does not allow.
+4. temperature. Temperature 0 is argmax and ends here.
+5. top-k, 6. top-p, 7. min-p, each on what the one before has left: the order of transformers'
+   ``_get_logits_processor``. (vLLM applies min-p before top-k and top-p.)
+
+Ties: top-k keeps every token equal to the k-th, as both libraries do; top-p takes equal tokens in
+order of their id; argmax takes the lowest id. Weights are float64.
+
+Shapes: L rows, V vocabulary, S sampled rows, F rows with top-k or top-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skimp.decoding.rows import RowState
+
+_NEG_INF = float("-inf")
+_FIRST_WIDTH = 64  # columns tried first for top-p: most nuclei are smaller
+_SECOND_WIDTH = 1024  # beyond that a full sort costs less than another partial one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processed:
+    """The outcome of :func:`process`.
+
+    Attributes:
+        logits: float32 [L, V] after steps 1-3; the input itself when no row changed it.
+        best: int64 [L], the argmax of ``logits``, lowest id first.
+        errors: per row None, or why the row has no law.
+        sampled: the rows with a temperature above 0 and no error, in order.
+        weights: float64 [S, V], their unnormalised law; the largest weight of a row is 1.
+    """
+
+    logits: Tensor
+    best: Tensor
+    errors: tuple[str | None, ...]
+    sampled: tuple[int, ...]
+    weights: Tensor
+
+    def probabilities(self) -> Tensor:
+        """The law of every row, float64 [L, V]: one-hot where greedy, NaN where in error."""
+        law = torch.zeros(self.logits.shape, dtype=torch.float64, device=self.logits.device)
+        law.scatter_(1, self.best[:, None], 1.0)
+        if self.sampled:
+            law[list(self.sampled)] = self.weights / self.weights.sum(-1, keepdim=True)
+        wrong = [i for i, error in enumerate(self.errors) if error is not None]
+        if wrong:
+            law[wrong] = float("nan")
+        return law
+
+
+def process(logits: Tensor, rows: Sequence[RowState]) -> Processed:
+    """Apply every row's parameters to its logits [L, V]; a bad row never touches another.
+
+    ``logits`` is any floating dtype, taken to float32, and is not written to. -inf is an allowed
+    logit (never drawn). A row with NaN or +inf, or with nothing left to draw, gets an error.
+    Raises ValueError when the shape does not fit the rows.
+    """
+    if logits.dim() != 2 or logits.shape[0] != len(rows):
+        raise ValueError(f"logits must be [{len(rows)}, V], got {list(logits.shape)}")
+    for row in rows:
+        if row.vocab_size != logits.shape[1]:
+            raise ValueError(f"a row expects V = {row.vocab_size}, logits have {logits.shape[1]}")
+    raw = logits.float()
+    adjusted = adjust(raw, rows)
+    if adjusted is raw:
+        # max carries NaN and +inf along, so the finiteness check is free
+        top, best = raw.max(dim=-1)
+        highest = top.tolist()
+        raw_highest = highest
+    else:
+        # a mask may hide a NaN, so the raw row is looked at too
+        raw_highest = raw.amax(dim=-1).tolist()
+        top, best = adjusted.max(dim=-1)
+        highest = top.tolist()
+    errors = tuple(_judge(a, b) for a, b in zip(raw_highest, highest))
+    sampled = tuple(
+        i for i, row in enumerate(rows) if row.params.temperature != 0.0 and errors[i] is None
+    )
+    if sampled:
+        chosen = [rows[i] for i in sampled]
+        if len(sampled) == len(rows):
+            weights = _weights(adjusted, top, chosen)
+        else:
+            index = torch.tensor(sampled, device=raw.device)
+            weights = _weights(adjusted[index], top[index], chosen)
+    else:
+        weights = raw.new_zeros((0, raw.shape[1]), dtype=torch.float64)
+    return Processed(logits=adjusted, best=best, errors=errors, sampled=sampled, weights=weights)
+
+
+def adjust(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """Steps 1-3 on float32 [L, V]; returns ``logits`` itself when no row asks for anything."""
+    penalised = [i for i, row in enumerate(rows) if row.penalties is not None]
+    biased = [i for i, row in enumerate(rows) if row.params.logit_bias]
+    masked = _masked_indices(rows, logits.shape[1])
+    constrained = [i for i, row in enumerate(rows) if row.allowed is not None]
+    if not (penalised or biased or masked or constrained):
+        return logits
+    out = logits.clone()
+    flat = out.view(-1)
+    if penalised:
+        _penalise(flat, logits.shape[1], penalised, rows)
+    if biased:
+        index, values = [], []
+        for i in biased:
+            for token, value in rows[i].params.logit_bias.items():
+                index.append(i * logits.shape[1] + token)
+                values.append(value)
+        # ids are distinct within a row, so there is nothing to accumulate
+        where = torch.tensor(index, device=out.device)
+        flat[where] += torch.tensor(values, dtype=out.dtype, device=out.device)
+    if masked:
+        flat[torch.tensor(masked, device=out.device)] = _NEG_INF
+    for i in constrained:
+        allowed = rows[i].allowed
+        assert allowed is not None
+        out[i].masked_fill_(~allowed, _NEG_INF)
+    return out
+
+
+def _masked_indices(rows: Sequence[RowState], vocab_size: int) -> list[int]:
+    found = []
+    for i, row in enumerate(rows):
+        if row.bad_words or row.params.min_tokens:
+            found += [i * vocab_size + token for token in row.masked_ids()]
+    return found
+
+
+def _penalise(flat: Tensor, vocab_size: int, which: list[int], rows: Sequence[RowState]) -> None:
+    """Step 1, in place, on the tokens the rows have seen and nowhere else."""
+    index: list[NDArray[np.int64]] = []
+    columns: list[NDArray[np.float32]] = []
+    for i in which:
+        state, params = rows[i].penalties, rows[i].params
+        assert state is not None
+        ids, counts = state.seen(rows[i].draft)
+        if params.repetition_penalty == 1.0:
+            ids, counts = ids[counts > 0], counts[counts > 0]
+        index.append(ids + i * vocab_size)
+        column = np.empty((2, len(ids)), dtype=np.float32)
+        column[0] = params.repetition_penalty
+        column[1] = counts * params.frequency_penalty + (counts > 0) * params.presence_penalty
+        columns.append(column)
+    where = torch.from_numpy(np.concatenate(index)).to(flat.device)
+    factor, less = torch.from_numpy(np.concatenate(columns, axis=1)).to(flat.device)
+    values = flat[where]
+    flat[where] = torch.where(values > 0, values / factor, values * factor) - less
+
+
+def _judge(raw_highest: float, highest: float) -> str | None:
+    """Why a row cannot be drawn from, given its maxima before and after steps 1-3."""
+    if raw_highest != raw_highest or raw_highest in (float("inf"), _NEG_INF):
+        return f"non-finite logits (maximum {raw_highest})"
+    if highest == _NEG_INF:
+        return "every token is masked"
+    if highest != highest or highest == float("inf"):
+        return "logits overflow after penalties and bias"
+    return None
+
+
+def _weights(logits: Tensor, top: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """Steps 4-7: float64 [S, V]. The maximum is taken off first, so no temperature overflows."""
+    weights = logits.double().sub_(top.double()[:, None])
+    if any(row.params.temperature != 1.0 for row in rows):
+        weights.div_(_column([row.params.temperature for row in rows], weights))
+    weights.exp_()
+    filtered = [s for s, row in enumerate(rows) if row.params.has_filters]
+    if filtered:
+        _truncate(weights, logits, filtered, rows)
+    if any(row.params.min_p > 0.0 for row in rows):
+        # the largest weight is exactly 1, so the ratio to it is the weight
+        weights.masked_fill_(weights < _column([row.params.min_p for row in rows], weights), 0.0)
+    return weights
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+
+
+def _truncate(
+    weights: Tensor, logits: Tensor, filtered: list[int], rows: Sequence[RowState]
+) -> None:
+    """Steps 5-6 in place. The largest ``width`` logits are sorted, more if they do not decide."""
+    vocab_size = logits.shape[1]
+    totals = weights.sum(dim=-1).tolist() if any(rows[s].params.top_p < 1 for s in filtered) else []
+    widest = max(rows[s].params.top_k for s in filtered)
+    # one more than k shows whether the k-th has ties beyond it
+    width = min(vocab_size, max(widest + 1, _FIRST_WIDTH))
+    pending = filtered
+    while pending:
+        part = logits if len(pending) == len(logits) else logits[pending]
+        highest = part.topk(width, dim=-1)
+        part_weights = weights if len(pending) == len(weights) else weights[pending]
+        values = highest.values.cpu().numpy()
+        masses = part_weights.gather(1, highest.indices).cpu().numpy()
+        undecided = []
+        for j, s in enumerate(pending):
+            params = rows[s].params
+            cut = _cut(
+                values[j], masses[j], params.top_k, params.top_p,
+                totals[s] if totals else 0.0, whole=width == vocab_size,
+            )  # fmt: skip
+            if cut is None:
+                undecided.append(s)
+            else:
+                _drop(weights[s], logits[s], *cut)
+        pending = undecided
+        width = _SECOND_WIDTH if width < _SECOND_WIDTH < vocab_size else vocab_size
+
+
+def _cut(
+    values: NDArray[np.float32],
+    masses: NDArray[np.float64],
+    top_k: int,
+    top_p: float,
+    total: float,
+    *,
+    whole: bool,
+) -> tuple[float, int | None] | None:
+    """Where a row ends: (smallest logit kept, how many of its ties; None for all).
+
+    ``values`` [W] are the row's largest logits in descending order, ``masses`` their weights,
+    ``total`` the weight of the whole row. None when W columns do not decide.
+    """
+    count = len(values)
+    limit, ties = _NEG_INF, None
+    if 0 < top_k < count or (top_k == count and whole):
+        limit = float(values[top_k - 1])
+        if limit == values[-1] and limit != _NEG_INF and not whole:
+            return None
+        count = int(np.searchsorted(-values, -limit, side="right"))
+        total = float(masses[:count].sum())
+    elif top_k > 0 and not whole:
+        return None
+    if top_p < 1.0:
+        mass = masses[:count].cumsum()
+        last = int(np.searchsorted(mass, top_p * total, side="left"))
+        if last >= count:
+            if limit == _NEG_INF and not whole:
+                return None
+            last = count - 1  # rounding only: the sum fell short of its own total
+        limit = float(values[last])
+        ties = last + 1 - int(np.searchsorted(-values, -limit, side="left"))
+    return limit, ties
+
+
+def _drop(weights: Tensor, logits: Tensor, limit: float, ties: int | None) -> None:
+    """Zero what lies below ``limit`` and, of its ties, all but the first ``ties`` by id."""
+    if limit == _NEG_INF:
+        return
+    weights.masked_fill_(logits < limit, 0.0)
+    if ties is not None:
+        equal = (logits == limit).nonzero().view(-1)
+        if len(equal) > ties:
+            weights[equal[ties:]] = 0.0
+
+
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse CDF: the first token whose cumulative weight exceeds ``u * total``; int64 [S].
+
+    ``weights`` float64 [S, V], not normalised, of positive sum; ``uniforms`` float64 [S] in
+    [0, 1). A token of weight 0 is never returned. Also draws the residual of a refused draft.
+    """
+    mass = weights.cumsum(dim=-1)
+    target = uniforms[:, None] * mass[:, -1:]
+    return torch.searchsorted(mass, target, right=True).squeeze(1)
