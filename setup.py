@@ -17,7 +17,14 @@ else:
             sources=sorted(str(p) for p in SRC.glob("*.cpp")),
             depends=sorted(str(p) for p in SRC.glob("*.h")),
             include_dirs=[str(SRC)],
-            extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-pthread"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++20",
+                "-ffp-contract=fast",  # multiply-add wherever the CPU has one
+                "-fvisibility=hidden",
+                "-pthread",
+                "-Wno-psabi",
+            ],
             extra_link_args=["-pthread"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             py_limited_api=True,

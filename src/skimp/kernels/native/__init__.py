@@ -1,1 +1,30 @@
+"""Native CPU kernels: a forward is captured once as a program and replayed in one call.
 
+``src/`` holds the C++; ``op.h`` there is the contract. The kernels are optional: where the
+extension was not built, everything here still imports and ``available()`` is False.
+"""
+
+from skimp.kernels.native.library import (
+    available,
+    default_threads,
+    describe,
+    get_threads,
+    instruction_set,
+    set_deterministic,
+    set_threads,
+)
+from skimp.kernels.native.matrix import PackedMatrix
+from skimp.kernels.native.program import NativeOps, Program
+
+__all__ = [
+    "NativeOps",
+    "PackedMatrix",
+    "Program",
+    "available",
+    "default_threads",
+    "describe",
+    "get_threads",
+    "instruction_set",
+    "set_deterministic",
+    "set_threads",
+]

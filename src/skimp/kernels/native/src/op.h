@@ -42,10 +42,82 @@ enum OpKind : int32_t {
   OP_MATMUL = 3,
   OP_ROPE_APPEND = 4,
   OP_ATTEND = 5,
+  OP_PACK = 6,
 };
 
 // All ops have this signature; work is divided by (team.tid, team.size).
 using OpFn = void (*)(const void* op, const StepInfo& step, const Team& team);
+
+enum Activation : int32_t { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_GELU = 3 };
+
+// Weights are stored once, in panels of 16 outputs, and serve every number of rows:
+//   BF16 [panels][K padded to 32 / 2][16][2]   one 64-byte line holds a pair of k for 16 outputs,
+//                                             which is what VDPBF16PS and an AMX B tile want
+//   F32  [panels][K][16]
+// In a gated matrix even panels hold 16 gate outputs and odd ones the 16 matching up outputs.
+constexpr int PANEL = 16;
+constexpr int K_ALIGN = 32;
+
+// out[row] = table[ids[row]] * scale
+struct EmbedOp {
+  OpHeader head;       // dtype of the table
+  const int32_t* ids;  // [rows]
+  const void* table;   // row-major [V, dim], or panels
+  float* out;          // [rows, out_stride]
+  int64_t table_stride;  // elements, row-major only
+  int64_t out_stride;
+  int32_t dim;
+  int32_t panels;  // 1: the table is an output matrix's panels (tied embeddings)
+  float scale;
+};
+
+// out = x + y * rsqrt(mean(y^2) + eps) * factor
+struct NormOp {
+  OpHeader head;
+  const float* x;  // null: nothing is added
+  const float* y;
+  const float* factor;  // [dim]
+  float* out;           // may be x
+  int64_t x_stride, y_stride, out_stride;
+  int32_t dim;
+  float eps;
+};
+
+// out = epilogue(norm(x) W), in this order: bias, gated activation, softcap, residual.
+struct MatmulOp {
+  OpHeader head;  // dtype of the weights
+  const void* x;  // [rows, x_stride] in x_dtype
+  const float* norm_factor;    // [k] or null: x is used as it is
+  const int32_t* row_index;    // row i of the product uses x[row_index[i]]; or null
+  const void* panels;
+  const float* bias;           // [16 * num_panels] in panel order, or null
+  const float* residual;       // [rows, residual_stride] or null; may be out
+  void* out;                   // [rows, out_stride] in out_dtype
+  void* x_scratch;             // shared, rows * prepared_row_bytes(k), for converted inputs
+  int64_t x_stride, residual_stride, out_stride;  // elements
+  int32_t x_dtype, out_dtype;
+  int32_t k, n;  // n: columns of out (half the packed outputs if gated)
+  int32_t num_panels;
+  int32_t activation;  // ACT_NONE: plain; else the matrix is gated
+  int32_t count;       // 0: StepInfo.rows rows, 1: StepInfo.num_logits
+  float norm_eps;
+  float softcap;  // 0: none
+};
+
+// Copies a row-major [n, k] matrix into (or, with unpack, out of) panels. Source elements may be
+// F32, BF16 or F16 at any alignment. The destination must have been zeroed.
+enum SourceDType : int32_t { SRC_F32 = 0, SRC_BF16 = 1, SRC_F16 = 2 };
+struct PackOp {
+  OpHeader head;  // dtype of the panels
+  void* rows;     // row-major side
+  void* panels;
+  int64_t row_stride;  // elements
+  int32_t rows_dtype;  // SourceDType
+  int32_t n, k;
+  int32_t first;   // packed output that row 0 becomes (plain), or 0
+  int32_t layout;  // 0 plain, 1 gate half, 2 up half
+  int32_t unpack;
+};
 
 // Row metadata shared by rope/append and attention; arrays live in buffers that the engine
 // rewrites before each run.
@@ -89,5 +161,12 @@ struct AttendOp {
   int32_t num_heads, num_kv_heads, head_dim, page_tokens;
   int32_t window;        // 0: whole past; else keys with position > row position - window
 };
+
+void run_embed(const void* op, const StepInfo& step, const Team& team);
+void run_norm(const void* op, const StepInfo& step, const Team& team);
+void run_matmul(const void* op, const StepInfo& step, const Team& team);
+void run_rope_append(const void* op, const StepInfo& step, const Team& team);
+void run_attend(const void* op, const StepInfo& step, const Team& team);
+void run_pack(const void* op, const StepInfo& step, const Team& team);
 
 }  // namespace skimp

@@ -1,0 +1,105 @@
+"""Finds the extension module and sets it up: instruction set, number of threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+try:
+    from skimp.kernels.native import _native as _module
+except ImportError:  # built without a compiler, or not for this platform
+    _extension: ModuleType | None = None
+else:
+    _extension = _module
+
+
+def available() -> bool:
+    """Whether the native kernels were built."""
+    return _extension is not None
+
+
+@functools.cache
+def _configured() -> ModuleType:
+    if _extension is None:
+        raise RuntimeError(
+            "the native kernels are not built: install skimp with a C++ compiler present"
+        )
+    name = os.environ.get("SKIMP_ISA")
+    if name:
+        try:
+            _extension.set_isa(name)
+        except ValueError as error:
+            raise ValueError(f"environment variable SKIMP_ISA: {error}") from None
+    _extension.set_threads(default_threads())
+    return _extension
+
+
+def library() -> ModuleType:
+    """The extension, with ``SKIMP_ISA`` honoured and one thread a physical core.
+
+    Raises RuntimeError where it was not built, ValueError for a SKIMP_ISA this CPU cannot run.
+    """
+    return _configured()
+
+
+def default_threads() -> int:
+    """Physical cores this process may use, by its affinity and its container's CPU quota."""
+    if hasattr(os, "sched_getaffinity"):
+        cpus = os.sched_getaffinity(0)
+    else:
+        cpus = set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in cpus:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text().strip())
+        except OSError:
+            cores.add(str(cpu))
+    count = len(cores)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, -(-int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(1, count)
+
+
+def set_threads(threads: int) -> None:
+    """Threads of later runs, the calling one included."""
+    library().set_threads(threads)
+
+
+def get_threads() -> int:
+    threads: int = library().get_threads()
+    return threads
+
+
+def set_deterministic(on: bool) -> None:
+    """Make bfloat16 results independent of the number of rows (float32 ones always are)."""
+    library().set_deterministic(on)
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Run with a lower instruction set for a while (tests, benchmarks)."""
+    before = library().isa()
+    library().set_isa(name)
+    try:
+        yield
+    finally:
+        library().set_isa(before)
+
+
+def describe() -> str:
+    """One line for ``skimp info``."""
+    if not available():
+        return "not built (PyTorch runs instead; install with a C++ compiler to build them)"
+    native = library()
+    isa, best = native.isa(), native.best_isa()
+    lowered = "" if isa == best else f" (SKIMP_ISA; this CPU has {best})"
+    return f"{isa}{lowered}, {native.get_threads()} threads"

@@ -1,0 +1,312 @@
+"""Captures a forward as a program of native ops, which one call then runs for any number of rows."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skimp.kernels.native import matrix as packed
+from skimp.kernels.native import structs
+from skimp.kernels.native.library import library
+from skimp.kernels.native.matrix import PackedMatrix
+from skimp.kernels.native.workspace import Workspace
+from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
+from skimp.model.layers import Linear, RMSNorm
+from skimp.model.spec import Activation
+
+
+class Program:
+    """Ops in order, with everything they point to. Run it from any thread, one at a time."""
+
+    def __init__(self, *, max_rows: int, max_seqs: int, max_logits: int) -> None:
+        self.max_rows, self.max_seqs, self.max_logits = max_rows, max_seqs, max_logits
+        self.workspace = Workspace()
+        self.ops: list[ctypes.Structure] = []
+        self._alive: list[Any] = []
+        self._scratch: Tensor | None = None
+        self._scratch_users: list[structs.MatmulOp] = []
+        self._pointers: ctypes.Array[ctypes.c_void_p] | None = None
+        self._address = 0
+        self._run = library().run
+
+    def append(self, op: ctypes.Structure, *alive: Any) -> None:
+        assert self._pointers is None, "the program is already finished"
+        self.ops.append(op)
+        self._alive.extend(alive)
+
+    def finish(self) -> None:
+        """Fix the array of pointers; called once, at the end of the capture."""
+        self._pointers = (ctypes.c_void_p * len(self.ops))(*map(ctypes.addressof, self.ops))
+        self._address = ctypes.addressof(self._pointers)
+
+    def run(self, rows: int, num_seqs: int = 1, num_logits: int = 0, threads: int = 0) -> None:
+        """Run over the first ``rows`` rows of the input buffers, on ``threads`` (0: default)."""
+        if not (
+            0 <= rows <= self.max_rows
+            and 0 <= num_seqs <= self.max_seqs
+            and 0 <= num_logits <= self.max_logits
+        ):
+            raise ValueError(
+                f"a step of {rows} rows, {num_seqs} sequences and {num_logits} logits exceeds the "
+                f"program's {self.max_rows}, {self.max_seqs} and {self.max_logits}"
+            )
+        assert self._pointers is not None, "the program is still being captured"
+        self._run(self._address, len(self.ops), rows, num_seqs, num_logits, threads)
+
+    def shared_scratch(self, op: structs.MatmulOp, nbytes: int) -> None:
+        """Give ``op`` scratch that all matrix products of the program share."""
+        if self._scratch is None or self._scratch.numel() < nbytes:
+            self._scratch = torch.empty(nbytes + 64, dtype=torch.uint8)
+        self._scratch_users.append(op)
+        address = self._scratch.data_ptr()
+        for user in self._scratch_users:
+            user.x_scratch = address + -address % 64
+
+
+class NativeOps:
+    """The :class:`~skimp.kernels.ops.Ops` that captures. Calls outside ``capture`` are errors.
+
+    Results are buffers of the program: of ``max_rows`` rows (logits: ``max_logits``), valid from
+    one run to the next for as long as someone holds them. ``matmul`` with a residual and
+    ``add_norm`` work in place. Products are float32, except gated ones and attention's output,
+    which are in the weights' dtype, ready for the next product.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        """``dtype`` of packed weights: float32 or bfloat16; None: as the checkpoint has them,
+        float16 as float32."""
+        library()
+        if dtype is not None and dtype not in structs.DTYPES:
+            raise ValueError(f"native kernels hold float32 or bfloat16 weights, not {dtype}")
+        self.dtype = dtype
+        self._program: Program | None = None
+
+    @contextmanager
+    def capture(self, max_rows: int, max_seqs: int, max_logits: int) -> Iterator[Program]:
+        """Append the calls made inside to a new program."""
+        assert self._program is None, "captures do not nest"
+        program = self._program = Program(
+            max_rows=max_rows, max_seqs=max_seqs, max_logits=max_logits
+        )
+        try:
+            yield program
+            program.finish()
+        finally:
+            self._program = None
+
+    @property
+    def program(self) -> Program:
+        assert self._program is not None, "NativeOps runs only inside capture()"
+        return self._program
+
+    def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> PackedMatrix:
+        weight = linears[0].weight
+        assert weight is not None, "this matrix was packed before"
+        dtype = self.dtype
+        if dtype is None:
+            dtype = weight.dtype if weight.dtype in structs.DTYPES else torch.float32
+        return packed.pack(linears, layout, dtype)
+
+    def embed(self, step: StepInputs, table: PackedMatrix, scale: float) -> Tensor:
+        program = self.program
+        out = program.workspace.empty(program.max_rows, table.in_features, torch.float32)
+        _check_ints(step.token_ids, program.max_rows, "token_ids")
+        op = structs.EmbedOp(
+            head=structs.OpHeader(structs.EMBED, structs.DTYPES[table.dtype]),
+            ids=step.token_ids.data_ptr(),
+            table=table.panels.data_ptr(),
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            dim=table.in_features,
+            panels=1,
+            scale=scale,
+        )
+        program.append(op, step.token_ids, table)
+        return out
+
+    def matmul(
+        self,
+        x: Tensor,
+        matrix: PackedMatrix,
+        *,
+        norm: RMSNorm | None = None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        program = self.program
+        dtype = matrix.dtype if activation is not None else torch.float32
+        if residual is not None:
+            out = residual
+        else:
+            out = program.workspace.empty(program.max_rows, matrix.out_features, dtype)
+        self._product(x, matrix, out, norm=norm, activation=activation, residual=residual)
+        return out
+
+    def logits(
+        self,
+        x: Tensor,
+        matrix: PackedMatrix,
+        norm: RMSNorm,
+        softcap: float | None,
+        step: StepInputs,
+    ) -> Tensor:
+        program = self.program
+        out = program.workspace.empty(program.max_logits, matrix.out_features, torch.float32)
+        _check_ints(step.logit_rows, program.max_logits, "logit_rows")
+        self._product(x, matrix, out, norm=norm, softcap=softcap, logit_rows=step.logit_rows)
+        return out
+
+    def _product(
+        self,
+        x: Tensor,
+        matrix: PackedMatrix,
+        out: Tensor,
+        *,
+        norm: RMSNorm | None = None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+        softcap: float | None = None,
+        logit_rows: Tensor | None = None,
+    ) -> None:
+        program = self.program
+        if (activation is not None) != matrix.gated:
+            raise ValueError("an activation needs a gated matrix, and a gated matrix an activation")
+        assert norm is None or x.dtype == torch.float32, "only float32 rows are normed"
+        assert residual is None or residual.dtype == torch.float32
+        _check_rows(x, matrix.in_features)
+        _check_rows(out, matrix.out_features)
+        factor = None if norm is None else norm.factor().detach().contiguous()
+        op = structs.MatmulOp(
+            head=structs.OpHeader(structs.MATMUL, structs.DTYPES[matrix.dtype]),
+            x=x.data_ptr(),
+            norm_factor=_address(factor),
+            row_index=_address(logit_rows),
+            panels=matrix.panels.data_ptr(),
+            bias=_address(matrix.bias),
+            residual=_address(residual),
+            out=out.data_ptr(),
+            x_stride=x.stride(0),
+            residual_stride=0 if residual is None else residual.stride(0),
+            out_stride=out.stride(0),
+            x_dtype=structs.DTYPES[x.dtype],
+            out_dtype=structs.DTYPES[out.dtype],
+            k=matrix.in_features,
+            n=matrix.out_features,
+            num_panels=matrix.num_panels,
+            activation=structs.ACTIVATIONS[activation],
+            count=0 if logit_rows is None else 1,
+            norm_eps=0.0 if norm is None else norm.eps,
+            softcap=softcap or 0.0,
+        )
+        rows = program.max_rows if logit_rows is None else program.max_logits
+        program.shared_scratch(op, rows * (4 * matrix.in_features + 512))
+        # Buffers of the workspace are not kept: that would stop their reuse.
+        program.append(op, matrix, factor, logit_rows)
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
+        program = self.program
+        _check_rows(x, y.shape[1])
+        factor = norm.factor().detach().contiguous()
+        op = structs.NormOp(
+            head=structs.OpHeader(structs.NORM, structs.F32),
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            factor=factor.data_ptr(),
+            out=x.data_ptr(),
+            x_stride=x.stride(0),
+            y_stride=y.stride(0),
+            out_stride=x.stride(0),
+            dim=x.shape[1],
+            eps=norm.eps,
+        )
+        program.append(op, factor)
+        return x
+
+    def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
+        program = self.program
+        spec, cache = params.spec, params.cache
+        if cache is None or step.arena is None:
+            raise ValueError("the native backend needs a cache: bind the decoder with caches")
+        dtype = getattr(torch, cache.spec.dtype)
+        if dtype not in structs.DTYPES:
+            raise ValueError(f"native kernels cache float32 or bfloat16, not {dtype}")
+        assert qkv.dtype == torch.float32
+        _check_rows(qkv, spec.q_dim + 2 * spec.kv_dim)
+        for name in ("positions", "row_seq", "kv_end"):
+            _check_ints(getattr(step, name), program.max_rows, name)
+        table = step.block_tables[cache.group]
+        assert table.dtype == torch.int32 and table.stride(1) == 1
+        meta = structs.RowMeta(
+            positions=step.positions.data_ptr(),
+            row_seq=step.row_seq.data_ptr(),
+            kv_end=step.kv_end.data_ptr(),
+            block_table=table.data_ptr(),
+            table_stride=table.stride(0),
+            arena=step.arena.data_ptr(),
+        )
+        assert step.arena.data_ptr() % 64 == 0
+        q_norm, k_norm = _factor(params.q_norm), _factor(params.k_norm)
+        cos, sin = params.rope if params.rope is not None else (None, None)
+        if cos is not None and sin is not None:
+            cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        rope = structs.RopeAppendOp(
+            head=structs.OpHeader(structs.ROPE_APPEND, structs.DTYPES[dtype]),
+            meta=meta,
+            qkv=qkv.data_ptr(),
+            qkv_stride=qkv.stride(0),
+            q_norm=_address(q_norm),
+            k_norm=_address(k_norm),
+            cos=_address(cos),
+            sin=_address(sin),
+            layer_offset=cache.offset,
+            norm_eps=params.q_norm.eps if params.q_norm is not None else params.norm_eps,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            rotary_dim=0 if cos is None else 2 * cos.shape[1],
+            interleaved=spec.rope is not None and spec.rope.interleaved,
+            page_tokens=cache.page_tokens,
+        )
+        program.append(rope, step, q_norm, k_norm, cos, sin)
+        out = program.workspace.empty(program.max_rows, spec.q_dim, dtype)
+        sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
+        attend = structs.AttendOp(
+            head=structs.OpHeader(structs.ATTEND, structs.DTYPES[dtype]),
+            meta=meta,
+            q=qkv.data_ptr(),
+            q_stride=qkv.stride(0),
+            out=out.data_ptr(),
+            out_stride=out.stride(0),
+            sinks=_address(sinks),
+            layer_offset=cache.offset,
+            scale=spec.scale,
+            softcap=spec.softcap or 0.0,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            page_tokens=cache.page_tokens,
+            window=spec.window or 0,
+        )
+        program.append(attend, sinks)
+        return out
+
+
+def _factor(norm: RMSNorm | None) -> Tensor | None:
+    return None if norm is None else norm.factor().detach().contiguous()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check_rows(x: Tensor, width: int) -> None:
+    assert x.shape[1] == width and x.stride(1) == 1 and x.dtype in structs.DTYPES, x.shape
+
+
+def _check_ints(x: Tensor, count: int, name: str) -> None:
+    assert x.dtype == torch.int32 and x.is_contiguous() and x.shape[0] >= count, name

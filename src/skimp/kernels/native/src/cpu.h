@@ -1,0 +1,21 @@
+// Which instructions this CPU has, and which kernels therefore run.
+#pragma once
+#include <cstdint>
+
+namespace skimp {
+
+// Ordered: every level can run all lower ones.
+enum class Isa : int32_t { Scalar = 0, Avx2 = 1, Avx512 = 2, Avx512Bf16 = 3, Amx = 4 };
+
+Isa best_isa();                  // what the CPU and the operating system allow
+Isa current_isa();               // best, unless lowered
+bool set_isa(Isa isa);           // false if the CPU cannot
+const char* isa_name(Isa isa);
+bool parse_isa(const char* name, Isa* isa);
+
+// In deterministic mode a row's result does not depend on how many rows it is computed with:
+// AMX, whose order of summation differs, is not used.
+bool deterministic();
+void set_deterministic(bool on);
+
+}  // namespace skimp

@@ -1,0 +1,90 @@
+// Kernels for CPUs with AVX512-BF16: as AVX-512, but BF16 pairs are multiplied directly.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "target.h"
+
+SKIMP_TARGET(
+    "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+
+#define SKIMP_VW 16
+#define SKIMP_MAX_R 12
+#define SKIMP_MAX_SUMS 24
+#include "rows.h"
+#include "tile_f32.h"
+
+namespace skimp {
+namespace {
+
+// R rows by P panels of VDPBF16PS; one accumulator an output, pairs of k in order.
+template <int R, int P>
+int micro_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t panel_stride, int k,
+               float* acc) {
+  __m512 sum[R][P];
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) sum[r][p] = _mm512_setzero_ps();
+  for (int i = 0; i < k; i += 2) {
+    __m512bh weights[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p)
+      weights[p] = (__m512bh)_mm512_loadu_si512(w + p * panel_stride + i * PANEL);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      int pair;
+      std::memcpy(&pair, x + r * x_stride + i, 4);
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) sum[r][p] = _mm512_dpbf16_ps(sum[r][p], weights[p], value);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) _mm512_storeu_ps(acc + r * ACC_STRIDE + p * PANEL, sum[r][p]);
+  return P;
+}
+
+template <int R>
+int micro_bf16_call(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t panel_stride,
+                    int panels, int k, float* acc) {
+  if constexpr (R <= 6)
+    if (panels >= 4) return micro_bf16<R, 4>(x, x_stride, w, panel_stride, k, acc);
+  if (panels >= 2) return micro_bf16<R, 2>(x, x_stride, w, panel_stride, k, acc);
+  return micro_bf16<R, 1>(x, x_stride, w, panel_stride, k, acc);
+}
+
+void tile_dpbf16(const void* x_, int64_t x_stride, int rows, const void* panels,
+                 int64_t panel_stride, int num_panels, int k, float* acc) {
+  using Call = int (*)(const uint16_t*, int64_t, const uint16_t*, int64_t, int, int, float*);
+  static constexpr Call calls[] = {micro_bf16_call<1>,  micro_bf16_call<2>,  micro_bf16_call<3>,
+                                   micro_bf16_call<4>,  micro_bf16_call<5>,  micro_bf16_call<6>,
+                                   micro_bf16_call<7>,  micro_bf16_call<8>,  micro_bf16_call<9>,
+                                   micro_bf16_call<10>, micro_bf16_call<11>, micro_bf16_call<12>,
+                                   micro_bf16_call<13>, micro_bf16_call<14>};
+  constexpr int MOST = 14;
+  const auto* x = static_cast<const uint16_t*>(x_);
+  const int blocks = (rows + MOST - 1) / MOST;
+  for (int b = 0; b < blocks; ++b) {
+    const int first = rows * b / blocks, count = rows * (b + 1) / blocks - first;
+    for (int p = 0; p < num_panels;)
+      p += calls[count - 1](x + first * x_stride, x_stride,
+                            static_cast<const uint16_t*>(panels) + p * panel_stride, panel_stride,
+                            num_panels - p, k, acc + first * ACC_STRIDE + p * PANEL);
+  }
+}
+
+}  // namespace
+
+const KernelSet& avx512bf16_kernels() {
+  static constexpr KernelSet set{Isa::Avx512Bf16, true,   tile<false>, tile_dpbf16,
+                                 prepare,         finish, norm,        embed};
+  return set;
+}
+
+}  // namespace skimp
+
+SKIMP_TARGET_END
+#endif

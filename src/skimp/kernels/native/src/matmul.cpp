@@ -1,0 +1,141 @@
+// The driver of a matrix product: prepares the input rows, divides the work, calls the tiles.
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace skimp {
+namespace {
+
+// At most this many rows are prepared by every thread for itself, which is quicker than sharing
+// them over a barrier.
+constexpr int PRIVATE_ROWS = 4;
+// From this many rows AMX beats AVX512-BF16 (measured on Sapphire Rapids and later).
+constexpr int AMX_ROWS = 16;
+// Input rows worked on together should stay in the second-level cache.
+constexpr int64_t ROWS_BYTES = int64_t{1} << 20;
+
+int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+struct Range {
+  int first, last;
+};
+
+Range share(int total, int part, int parts) {
+  return {static_cast<int>(int64_t{total} * part / parts),
+          static_cast<int>(int64_t{total} * (part + 1) / parts)};
+}
+
+// How many of the threads divide the rows; the others divide the panels.
+int row_parts(int threads, int row_blocks, int units) {
+  int best = 1;
+  int64_t best_cost = INT64_MAX;
+  for (int parts = 1; parts <= std::min(threads, row_blocks); ++parts) {
+    const int64_t cost =
+        int64_t{divide_up(row_blocks, parts)} * divide_up(units, threads / parts);
+    if (cost < best_cost) best = parts, best_cost = cost;
+  }
+  return best;
+}
+
+struct Input {
+  const char* data;
+  int64_t stride;  // elements
+};
+
+Input prepare_input(const MatmulOp& op, const KernelSet& kernels, int rows, int k_padded,
+                    bool bf16, const Team& team) {
+  const bool same_type = (op.x_dtype == BF16) == bf16;
+  if (same_type && !op.norm_factor && !op.row_index && k_padded == op.k)
+    return {static_cast<const char*>(op.x), op.x_stride};
+  // An odd number of cache lines, so that the rows of a tile do not share a cache set.
+  const int64_t element = bf16 ? 2 : 4;
+  const int64_t stride = ((divide_up(k_padded * element, 64) | 1) * 64) / element;
+  if (rows <= PRIVATE_ROWS && rows * stride * element <= int64_t(team.scratch_bytes)) {
+    kernels.prepare(op, 0, rows, bf16, team.scratch, stride, k_padded);
+    return {static_cast<const char*>(team.scratch), stride};
+  }
+  const Range mine = share(rows, team.tid, team.size);
+  kernels.prepare(op, mine.first, mine.last, bf16, op.x_scratch, stride, k_padded);
+  team.barrier();
+  return {static_cast<const char*>(op.x_scratch), stride};
+}
+
+}  // namespace
+
+const KernelSet& current_kernels() {
+#if defined(__x86_64__)
+  switch (current_isa()) {
+    case Isa::Scalar: return scalar_kernels();
+    case Isa::Avx2: return avx2_kernels();
+    case Isa::Avx512: return avx512_kernels();
+    default: return avx512bf16_kernels();
+  }
+#else
+  return scalar_kernels();
+#endif
+}
+
+void run_matmul(const void* op_, const StepInfo& step, const Team& team) {
+  const auto& op = *static_cast<const MatmulOp*>(op_);
+  const int rows = op.count ? step.num_logits : step.rows;
+  if (rows <= 0) return;
+  const KernelSet& kernels = current_kernels();
+  const bool bf16_weights = op.head.dtype == BF16;
+  const bool bf16_x = bf16_weights && kernels.bf16_x;
+  const int k = bf16_weights ? divide_up(op.k, K_ALIGN) * K_ALIGN : op.k;
+  const Input x = prepare_input(op, kernels, rows, k, bf16_x, team);
+  const int64_t row_bytes = x.stride * (bf16_x ? 2 : 4);
+
+  TileFn tile = bf16_weights ? kernels.tile_bf16 : kernels.tile_f32;
+#if defined(__x86_64__)
+  const bool amx =
+      bf16_x && rows >= AMX_ROWS && current_isa() == Isa::Amx && !deterministic();
+  if (amx) tile = amx_tile_bf16;
+#endif
+
+  // A unit is what one thread must have whole: a panel, or a gate panel and its up panel.
+  const int unit = op.activation == ACT_NONE ? 1 : 2;
+  const int units = op.num_panels / unit;
+  const int blocks = divide_up(rows, TILE_ROWS);
+  const int across = row_parts(team.size, blocks, units), down = team.size / across;
+  if (team.tid >= across * down) return;
+  const Range my_rows = share(rows, team.tid / down, across);
+  const Range my_units = share(units, team.tid % down, down);
+  const Range my_panels{my_units.first * unit, my_units.last * unit};
+
+  const int64_t panel_stride = int64_t{k} * PANEL;
+  const int64_t panel_bytes = panel_stride * (bf16_weights ? 2 : 4);
+  const int chunk = std::max<int>(ROWS_BYTES / row_bytes / TILE_ROWS, 1) * TILE_ROWS;
+  alignas(64) float acc[TILE_ROWS * ACC_STRIDE];
+  for (int row0 = my_rows.first; row0 < my_rows.last; row0 += chunk) {
+    const int chunk_rows = std::min(chunk, my_rows.last - row0);
+    const int chunk_blocks = divide_up(chunk_rows, TILE_ROWS);
+    for (int panel = my_panels.first; panel < my_panels.last; panel += TILE_PANELS) {
+      const int panels = std::min(TILE_PANELS, my_panels.last - panel);
+      for (int b = 0; b < chunk_blocks; ++b) {
+        const Range block = share(chunk_rows, b, chunk_blocks);
+        const int first = row0 + block.first, count = block.last - block.first;
+        tile(x.data + first * row_bytes, x.stride, count,
+             static_cast<const char*>(op.panels) + panel * panel_bytes, panel_stride, panels, k,
+             acc);
+        kernels.finish(op, first, count, panel, panels, acc);
+      }
+    }
+  }
+#if defined(__x86_64__)
+  if (amx) amx_release();
+#endif
+}
+
+void run_embed(const void* op, const StepInfo& step, const Team& team) {
+  const Range mine = share(step.rows, team.tid, team.size);
+  current_kernels().embed(*static_cast<const EmbedOp*>(op), mine.first, mine.last);
+}
+
+void run_norm(const void* op, const StepInfo& step, const Team& team) {
+  const Range mine = share(step.rows, team.tid, team.size);
+  current_kernels().norm(*static_cast<const NormOp*>(op), mine.first, mine.last);
+}
+
+}  // namespace skimp

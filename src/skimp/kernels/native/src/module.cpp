@@ -1,0 +1,189 @@
+// The Python module `_native`: runs programs made of the structs in op.h. Limited C API.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
+#include <exception>
+#include <vector>
+
+#include "cpu.h"
+#include "op.h"
+#include "pool.h"
+
+namespace skimp {
+
+// An op whose file is not part of the build is found missing when a program that needs it runs.
+__attribute__((weak)) void run_rope_append(const void*, const StepInfo&, const Team&);
+__attribute__((weak)) void run_attend(const void*, const StepInfo&, const Team&);
+
+}  // namespace skimp
+
+namespace {
+
+using namespace skimp;
+
+struct Kind {
+  const char* name;
+  OpFn fn;
+  size_t size;
+};
+
+// Indexed by OpKind.
+const Kind KINDS[] = {
+    {nullptr, nullptr, 0},
+    {"embed", run_embed, sizeof(EmbedOp)},
+    {"norm", run_norm, sizeof(NormOp)},
+    {"matmul", run_matmul, sizeof(MatmulOp)},
+    {"rope_append", run_rope_append, sizeof(RopeAppendOp)},
+    {"attend", run_attend, sizeof(AttendOp)},
+    {"pack", run_pack, sizeof(PackOp)},
+};
+constexpr long NUM_KINDS = sizeof(KINDS) / sizeof(KINDS[0]);
+
+// Converts up to `count` integer arguments; the rest keep their values.
+bool integers(PyObject* const* args, Py_ssize_t given, Py_ssize_t least, Py_ssize_t count,
+              long long* out) {
+  if (given < least || given > count) {
+    PyErr_Format(PyExc_TypeError, "expected %zd to %zd arguments, got %zd", least, count, given);
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < given; ++i) {
+    out[i] = PyLong_AsLongLong(args[i]);
+    if (out[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[6] = {};
+  if (!integers(args, given, 5, 6, a)) return nullptr;
+  const auto* ops = reinterpret_cast<const void* const*>(static_cast<intptr_t>(a[0]));
+  const int num_ops = static_cast<int>(a[1]);
+  const StepInfo step{static_cast<int32_t>(a[2]), static_cast<int32_t>(a[3]),
+                      static_cast<int32_t>(a[4])};
+  const char* failure = nullptr;
+  int32_t unknown = 0;
+  PyThreadState* state = PyEval_SaveThread();
+  try {
+    thread_local std::vector<OpFn> fns;
+    fns.resize(num_ops);
+    for (int i = 0; i < num_ops && !unknown; ++i) {
+      const int32_t kind = static_cast<const OpHeader*>(ops[i])->kind;
+      if (kind <= 0 || kind >= NUM_KINDS || !KINDS[kind].fn)
+        unknown = kind ? kind : -1;
+      else
+        fns[i] = KINDS[kind].fn;
+    }
+    if (!unknown)
+      run_program(ops, fns.data(), num_ops, step, static_cast<int>(a[5]));
+  } catch (const std::exception& error) {
+    failure = "cannot start the threads of the native kernels (out of memory or of threads)";
+  }
+  PyEval_RestoreThread(state);
+  if (unknown) return PyErr_Format(PyExc_RuntimeError, "native op %d is not built", unknown);
+  if (failure) {
+    PyErr_SetString(PyExc_RuntimeError, failure);
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* size_of(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long kind = 0;
+  if (!integers(args, given, 1, 1, &kind)) return nullptr;
+  if (kind <= 0 || kind >= NUM_KINDS) {
+    PyErr_SetString(PyExc_ValueError, "unknown op kind");
+    return nullptr;
+  }
+  return PyLong_FromSize_t(KINDS[kind].size);
+}
+
+PyObject* has(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long kind = 0;
+  if (!integers(args, given, 1, 1, &kind)) return nullptr;
+  return PyBool_FromLong(kind > 0 && kind < NUM_KINDS && KINDS[kind].fn);
+}
+
+PyObject* threads_set(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long threads = 0;
+  if (!integers(args, given, 1, 1, &threads)) return nullptr;
+  if (threads < 1 || threads > 1024) {
+    PyErr_SetString(PyExc_ValueError, "threads must be from 1 to 1024");
+    return nullptr;
+  }
+  set_threads(static_cast<int>(threads));
+  Py_RETURN_NONE;
+}
+
+PyObject* threads_get(PyObject*, PyObject*) { return PyLong_FromLong(get_threads()); }
+
+PyObject* isa_get(PyObject*, PyObject*) { return PyUnicode_FromString(isa_name(current_isa())); }
+
+PyObject* isa_best(PyObject*, PyObject*) { return PyUnicode_FromString(isa_name(best_isa())); }
+
+PyObject* isa_set(PyObject*, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
+  if (!text) return nullptr;
+  Isa isa;
+  if (!parse_isa(text, &isa))
+    return PyErr_Format(PyExc_ValueError,
+                        "unknown instruction set %R: use scalar, avx2, avx512, avx512bf16 or amx",
+                        name);
+  if (!set_isa(isa))
+    return PyErr_Format(PyExc_ValueError, "this CPU has no %R, its best is %s", name,
+                        isa_name(best_isa()));
+  Py_RETURN_NONE;
+}
+
+PyObject* deterministic_set(PyObject*, PyObject* on) {
+  const int value = PyObject_IsTrue(on);
+  if (value < 0) return nullptr;
+  set_deterministic(value);
+  Py_RETURN_NONE;
+}
+
+// Large pages make streaming through gigabytes of weights cheaper. Only advice: it may fail.
+PyObject* advise_huge(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[2] = {};
+  if (!integers(args, given, 2, 2, a)) return nullptr;
+  int failed = 1;
+#if defined(__linux__)
+  constexpr long long HUGE = 2 << 20;
+  const long long first = (a[0] + HUGE - 1) / HUGE * HUGE, last = (a[0] + a[1]) / HUGE * HUGE;
+  if (first < last)
+    failed = madvise(reinterpret_cast<void*>(static_cast<intptr_t>(first)),
+                     static_cast<size_t>(last - first), MADV_HUGEPAGE);
+#endif
+  return PyBool_FromLong(!failed);
+}
+
+#define FAST(fn) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fn)), METH_FASTCALL
+
+PyMethodDef METHODS[] = {
+    {"run", FAST(run),
+     "run(program, num_ops, rows, num_seqs, num_logits, threads=0)\n\nRun a program: the address "
+     "of an array of pointers to op structs. threads=0: as set by set_threads."},
+    {"sizeof", FAST(size_of), "sizeof(kind): bytes of that op's struct"},
+    {"has", FAST(has), "has(kind): whether that op is built"},
+    {"set_threads", FAST(threads_set), "set_threads(n): threads of later runs"},
+    {"get_threads", threads_get, METH_NOARGS, "get_threads(): threads of a run"},
+    {"isa", isa_get, METH_NOARGS, "isa(): name of the instruction set in use"},
+    {"best_isa", isa_best, METH_NOARGS, "best_isa(): name of the best this CPU has"},
+    {"set_isa", isa_set, METH_O, "set_isa(name): use a lower instruction set"},
+    {"set_deterministic", deterministic_set, METH_O,
+     "set_deterministic(on): a row's results do not depend on the number of rows"},
+    {"advise_huge", FAST(advise_huge), "advise_huge(address, bytes): ask for large pages"},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_native", "Native CPU kernels of skimp.", -1,
+                      METHODS,               nullptr,   nullptr,                        nullptr,
+                      nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModule_Create(&MODULE); }

@@ -1,0 +1,97 @@
+// Portable vectors of SKIMP_VW floats (GCC/Clang vector extensions), compiled once per
+// instruction set: the including .cpp sets SKIMP_VW and a target pragma first. Everything is in
+// an unnamed namespace, so code for one CPU can never be linked into the path of another.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace skimp {
+namespace {
+
+constexpr int VW = SKIMP_VW;
+constexpr int VP = 16 / VW;  // vectors to a panel
+
+typedef float vf __attribute__((vector_size(VW * 4)));
+typedef int32_t vi __attribute__((vector_size(VW * 4)));
+typedef uint32_t vu __attribute__((vector_size(VW * 4)));
+typedef uint16_t vh __attribute__((vector_size(VW * 2)));
+
+#define SKIMP_INLINE static inline __attribute__((always_inline))
+
+template <class V>
+SKIMP_INLINE V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+SKIMP_INLINE void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+SKIMP_INLINE vf splat(float value) { return value - vf{}; }
+
+SKIMP_INLINE vf from_bf16(vh bits) {
+  return (vf)(__builtin_convertvector(bits, vu) << 16);
+}
+
+// Round to nearest even; a NaN stays one.
+SKIMP_INLINE vh to_bf16(vf value) {
+  vu bits = (vu)value;
+  vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  vi nan = value != value;
+  rounded = (rounded & ~(vu)nan) | ((vu)nan & 0x7fc0u);
+  return __builtin_convertvector(rounded, vh);
+}
+
+SKIMP_INLINE float sum(vf v) {
+  float lanes[VW];
+  std::memcpy(lanes, &v, sizeof v);
+  for (int width = VW / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// Relative error below 2e-7 (minimax polynomial of 2^f on [-1/2, 1/2]); clamps instead of
+// overflowing.
+SKIMP_INLINE vf vexp(vf x) {
+  x = x < -87.0f ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  vf shifted = x * 1.44269504088896341f + magic;
+  vf n = shifted - magic;
+  vf f = x - n * 0.693145751953125f;
+  f = f - n * 1.42860682030941723e-6f;
+  vf p = 1.3950491e-3f * f + 8.36888939e-3f;
+  p = p * f + 4.16662058e-2f;
+  p = p * f + 1.66665188e-1f;
+  p = p * f + 5.00000010e-1f;
+  p = p * (f * f) + f + 1.0f;
+  vi scale = ((vi)shifted << 23) + (127 << 23);
+  return p * (vf)scale;
+}
+
+SKIMP_INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + vexp(-x)); }
+
+SKIMP_INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (1.0f + vexp(2.0f * x)); }
+
+// The normal distribution function: half of erfc(t), t = |x| / sqrt(2), with
+// erfc(t) = exp(-t P(t)) and P fitted on [0, 4.2]; absolute error below 1e-7.
+SKIMP_INLINE vf normal_cdf(vf x) {
+  vf t = x < 0.0f ? -x : x;
+  t *= 0.70710678f;
+  t = t > 4.2f ? splat(4.2f) : t;
+  vf p = 3.14401986e-5f * t - 3.08802478e-4f;
+  p = p * t + 1.03240261e-3f;
+  p = p * t + 5.36931837e-4f;
+  p = p * t - 1.95839590e-2f;
+  p = p * t + 1.02919613e-1f;
+  p = p * t + 6.36597734e-1f;
+  p = p * t + 1.12838025f;
+  vf tail = 0.5f * vexp(-t * p);
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+}  // namespace
+}  // namespace skimp

@@ -1,0 +1,111 @@
+"""ctypes mirrors of the op structs in ``src/op.h``; a test compares their sizes."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+
+F32, BF16 = 0, 1
+EMBED, NORM, MATMUL, ROPE_APPEND, ATTEND, PACK = 1, 2, 3, 4, 5, 6
+PANEL = 16  # outputs to a panel of packed weights
+K_ALIGN = 32  # inputs of bfloat16 panels are padded to a multiple of this
+
+DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
+SOURCE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
+
+
+def _fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
+    return [(name, ctype) for ctype, names in groups for name in names.split()]
+
+
+class OpHeader(ctypes.Structure):
+    _fields_ = _fields((c_int32, "kind dtype"))
+
+
+class RowMeta(ctypes.Structure):
+    _fields_ = _fields(
+        (c_void_p, "positions row_seq kv_end block_table"),
+        (c_int64, "table_stride"),
+        (c_void_p, "arena"),
+    )
+
+
+class EmbedOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (c_void_p, "ids table out"),
+        (c_int64, "table_stride out_stride"),
+        (c_int32, "dim panels"),
+        (c_float, "scale"),
+    )
+
+
+class NormOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (c_void_p, "x y factor out"),
+        (c_int64, "x_stride y_stride out_stride"),
+        (c_int32, "dim"),
+        (c_float, "eps"),
+    )
+
+
+class MatmulOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (c_void_p, "x norm_factor row_index panels bias residual out x_scratch"),
+        (c_int64, "x_stride residual_stride out_stride"),
+        (c_int32, "x_dtype out_dtype k n num_panels activation count"),
+        (c_float, "norm_eps softcap"),
+    )
+
+
+class RopeAppendOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (RowMeta, "meta"),
+        (c_void_p, "qkv"),
+        (c_int64, "qkv_stride"),
+        (c_void_p, "q_norm k_norm cos sin"),
+        (c_int64, "layer_offset"),
+        (c_float, "norm_eps"),
+        (c_int32, "num_heads num_kv_heads head_dim rotary_dim interleaved page_tokens"),
+    )
+
+
+class AttendOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (RowMeta, "meta"),
+        (c_void_p, "q"),
+        (c_int64, "q_stride"),
+        (c_void_p, "out"),
+        (c_int64, "out_stride"),
+        (c_void_p, "sinks"),
+        (c_int64, "layer_offset"),
+        (c_float, "scale softcap"),
+        (c_int32, "num_heads num_kv_heads head_dim page_tokens window"),
+    )
+
+
+class PackOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (c_void_p, "rows panels"),
+        (c_int64, "row_stride"),
+        (c_int32, "rows_dtype n k first layout unpack"),
+    )
+
+
+OPS: dict[int, type[ctypes.Structure]] = {
+    EMBED: EmbedOp,
+    NORM: NormOp,
+    MATMUL: MatmulOp,
+    ROPE_APPEND: RopeAppendOp,
+    ATTEND: AttendOp,
+    PACK: PackOp,
+}
