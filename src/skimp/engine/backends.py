@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Protocol
 
 import numpy as np
@@ -81,7 +80,8 @@ class PlainBackend:
     @torch.inference_mode()
     def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
         step = self._buffers.step_inputs(rows, num_seqs, num_logits)
-        return self._decoder(step, self._ops)
+        logits: Tensor = self._decoder(step.to(self._buffers.arena.device), self._ops)
+        return logits
 
 
 class NativeBackend:
@@ -89,7 +89,15 @@ class NativeBackend:
 
     name = "native"
 
-    def __init__(self, decoder: Decoder, buffers: StepBuffers, ops: native.NativeOps) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        buffers: StepBuffers,
+        ops: native.NativeOps,
+        *,
+        threads: int | None,
+        deterministic: bool,
+    ) -> None:
         with (
             torch.inference_mode(),
             ops.capture(
@@ -99,10 +107,11 @@ class NativeBackend:
             ) as program,
         ):
             self._logits = decoder(buffers.step_inputs(), ops)
-        self._program = program
+        self._program, self._threads, self._deterministic = program, threads or 0, deterministic
 
     def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
-        self._program.run(rows, num_seqs, num_logits)
+        native.set_deterministic(self._deterministic)
+        self._program.run(rows, num_seqs, num_logits, self._threads)
         return self._logits[:num_logits]
 
 
@@ -119,9 +128,15 @@ def choose_backend(
         raise OptionError("backend: native kernels were not built; reinstall with a C++ compiler")
     caches = [layout.layer_cache(index) for index in range(decoder.spec.num_layers)]
     if options.backend == "native" or (options.backend == "auto" and usable):
-        native_ops = native.NativeOps(deterministic=options.deterministic, threads=options.threads)
+        native_ops = native.NativeOps()
         decoder.bind(native_ops, caches=caches, max_positions=max_positions)
-        return NativeBackend(decoder, buffers, native_ops)
+        return NativeBackend(
+            decoder,
+            buffers,
+            native_ops,
+            threads=options.threads,
+            deterministic=options.deterministic,
+        )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     decoder.to(options.device)

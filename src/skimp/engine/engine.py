@@ -17,6 +17,7 @@ from skimp.decoding.params import SamplingParams
 from skimp.decoding.proposal import Accepted, DrawAndCompare, NoProposer, Proposer
 from skimp.decoding.rows import RowState, resolve_bad_words
 from skimp.decoding.sampler import Sampler, prompt_logprobs
+from skimp.decoding.stops import FinishReason, StopChecker
 from skimp.engine.backends import StepBuffers, choose_backend
 from skimp.engine.options import EngineOptions
 from skimp.engine.request import Request, RequestOutput, Sequence
@@ -54,7 +55,7 @@ class Engine:
         self.max_context = _max_context(decoder, options)
         layout = CacheLayout.from_specs(decoder.cache_specs(), page_tokens=options.page_tokens)
         budget = options.cache_bytes or _default_cache_bytes(layout, options, self.max_context)
-        arena = Arena(budget, layout, device=torch.device(options.device))
+        arena = Arena(layout, budget, torch.device(options.device))
         self.cache = CacheManager(layout, arena, enable_prefix=options.prefix_cache)
         max_logits = max(options.max_batch, 128)
         buffers = StepBuffers(
@@ -67,7 +68,7 @@ class Engine:
         )
         backend = choose_backend(decoder, layout, buffers, options, self.max_context)
         self.backend_name = backend.name
-        self.runner = Runner(backend, buffers, self.cache)
+        self.runner = Runner(backend, buffers)
         self.scheduler = Scheduler(
             self.cache,
             proposer or NoProposer(),
@@ -280,10 +281,11 @@ class Engine:
             delta += text
             if reason is not None:
                 break
+        seq.text += delta
         return delta, tokens
 
-    def _finish(self, seq: Sequence, reason: str) -> None:
-        seq.output.finish(reason)
+    def _finish(self, seq: Sequence, reason: FinishReason) -> None:
+        seq.text += seq.output.finish(reason)
         seq.finish_reason = reason
         self.scheduler.remove(seq)
 
@@ -350,7 +352,7 @@ class Engine:
             )
         if params.n > self.options.max_batch:
             raise RequestError(f"n: {params.n} samples exceed max_batch {self.options.max_batch}")
-        if not self.cache.fits(len(prompt_ids) + max_tokens):
+        if not self.cache.fits(len(prompt_ids) + max_tokens, self.options.token_budget):
             raise RequestError(
                 f"prompt: {len(prompt_ids)} tokens and {max_tokens} generated ones need more cache "
                 f"than the whole budget of {self.cache.arena.budget_bytes} bytes"
@@ -360,15 +362,18 @@ class Engine:
     def _sequence(self, request: Request, index: int) -> Sequence:
         tokenizer = self.tokenizer
         encode = None if tokenizer is None else tokenizer.encode_plain
+        eos_ids = self.spec.eos_token_ids if tokenizer is None else tokenizer.eos_ids
         sampling = RowState(
             request.params,
             vocab_size=self.spec.vocab_size,
             prompt_ids=request.prompt_ids,
-            eos_ids=self.spec.eos_token_ids,
+            eos_ids=eos_ids,
             bad_words=resolve_bad_words(request.params.bad_words, encode),
             sample_index=index,
         )
-        return Sequence(request, index, sampling, tokenizer)
+        stream = None if tokenizer is None else tokenizer.detokenizer(continues=True)
+        output = StopChecker(request.params, eos_ids=eos_ids, stream=stream)
+        return Sequence(request, index, sampling, output)
 
 
 def _select(logits: Tensor, lines: list[int]) -> Tensor:

@@ -111,13 +111,15 @@ class Sequence:
     ``cache`` is None while the sequence waits; it holds the first ``cache.length`` tokens.
     """
 
-    def __init__(self, request: Request, index: int, sampling: RowState, stops: StopChecker) -> None:
+    def __init__(
+        self, request: Request, index: int, sampling: RowState, output: StopChecker
+    ) -> None:
         self.request = request
         self.index = index
         self.tokens = list(request.prompt_ids)
         self.num_prompt = len(request.prompt_ids)
         self.sampling = sampling
-        self.stops = stops
+        self.output = output
         self.cache: CacheSequence | None = None
         self.forked = index > 0  # sample 0 stands for the others until the prompt is done
         self.text = ""

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from skimp.cache import CacheManager
+from skimp.cache import BlockTables
 from skimp.engine.backends import Backend, StepBuffers
 from skimp.engine.scheduler import Work
 
 
 class Runner:
-    def __init__(self, backend: Backend, buffers: StepBuffers, cache: CacheManager) -> None:
-        self.backend, self.buffers, self.cache = backend, buffers, cache
+    def __init__(self, backend: Backend, buffers: StepBuffers) -> None:
+        self.backend, self.buffers = backend, buffers
+        self._tables = BlockTables(buffers.tables)
 
     def run(self, work: Sequence[Work]) -> Tensor:
         """Logits float32 [L, V] of the rows each part of the work asked for, in order."""
@@ -39,7 +40,5 @@ class Runner:
                 buffers.logit_rows[logit] = row - offset
                 logit += 1
         buffers.seq_starts[len(work)] = row
-        self.cache.write_block_tables(
-            [item.seq.cache for item in work if item.seq.cache is not None], buffers.tables
-        )
+        self._tables.update([item.seq.cache for item in work if item.seq.cache is not None])
         return self.backend.forward(row, len(work), logit)

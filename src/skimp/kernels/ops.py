@@ -15,9 +15,10 @@ The residual stream is float32 on the CPU in both backends.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from skimp.cache.spec import CacheSpec
@@ -43,6 +44,21 @@ class StepInputs:
     logit_rows: Tensor  # int32 [L]
     arena: Tensor | None = None  # uint8, the cache arena
     block_tables: tuple[Tensor, ...] = ()  # per group int32 [S, pages]: page address / 64 bytes
+
+    def to(self, device: torch.device) -> StepInputs:
+        """The same step with its small tensors on ``device``; the arena stays where it is."""
+        if self.token_ids.device == device:
+            return self
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            row_seq=self.row_seq.to(device),
+            kv_end=self.kv_end.to(device),
+            seq_starts=self.seq_starts.to(device),
+            logit_rows=self.logit_rows.to(device),
+            block_tables=tuple(table.to(device) for table in self.block_tables),
+        )
 
 
 @dataclass(frozen=True)
