@@ -8,6 +8,7 @@ The interface, and who may change what:
   are a function of (key, position, purpose), so it can be rebuilt by replaying its tokens.
 * ``process``: raw logits to the final law, for every row alike. ``Sampler.sample``: one token a
   row, errors per row. Neither changes a row.
+* ``StopChecker``: one output's text and end; ``push`` every committed token, then ``finish``.
 """
 
 from skimp.decoding.params import ParamsError, SamplingParams
@@ -15,8 +16,10 @@ from skimp.decoding.process import Processed, draw, process
 from skimp.decoding.rng import Purpose, uniform, uniforms
 from skimp.decoding.rows import PenaltyState, RowState, resolve_bad_words
 from skimp.decoding.sampler import SampledBatch, Sampler, TokenLogprobs, prompt_logprobs
+from skimp.decoding.stops import FinishReason, StopChecker, StopStrings
 
 __all__ = [
+    "FinishReason",
     "ParamsError",
     "PenaltyState",
     "Processed",
@@ -25,6 +28,8 @@ __all__ = [
     "SampledBatch",
     "Sampler",
     "SamplingParams",
+    "StopChecker",
+    "StopStrings",
     "TokenLogprobs",
     "draw",
     "process",
