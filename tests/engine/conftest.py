@@ -1,90 +1,10 @@
-"""Small random models and requests that every engine test shares."""
+"""Fixtures of the engine tests."""
 
 from __future__ import annotations
 
-import dataclasses
-import random
-
 import pytest
 
-from skimp.decoding.params import SamplingParams
 from skimp.kernels import native
-from skimp.model.decoder import Decoder
-from skimp.model.loading import random_decoder
-from skimp.model.spec import (
-    AttentionSpec,
-    GatedFFNSpec,
-    LayerSpec,
-    ModelSpec,
-    RopeSpec,
-)
-
-VOCAB = 320
-
-
-def tiny_spec(windows: tuple[int | None, ...] = (None, 24, None, 100)) -> ModelSpec:
-    """A four-layer decoder with full and windowed layers, GQA, QK-norm and tied embeddings."""
-    attention = AttentionSpec(
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rope=RopeSpec(theta=10_000.0, rotary_dim=16),
-        scale=0.25,
-        qk_norm=True,
-    )
-    layers = tuple(
-        LayerSpec(
-            mixer=dataclasses.replace(attention, window=window),
-            ffn=GatedFFNSpec(intermediate_size=96),
-        )
-        for window in windows
-    )
-    return ModelSpec(
-        family="qwen3",
-        vocab_size=VOCAB,
-        hidden_size=64,
-        layers=layers,
-        norm_eps=1e-6,
-        max_positions=1024,
-        tie_embeddings=True,
-        dtype="float32",
-        eos_token_ids=(0,),
-    )
-
-
-def tiny_decoder(spec: ModelSpec | None = None, seed: int = 0) -> Decoder:
-    decoder = random_decoder(spec or tiny_spec(), seed=seed, dtype="float32")
-    for parameter in decoder.parameters():
-        if parameter.dim() == 2:
-            parameter.data.mul_(4.0)  # logits with some contrast
-    return decoder
-
-
-def random_requests(
-    count: int, seed: int, *, max_prompt: int = 800, max_output: int = 24
-) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts of 1 to ``max_prompt`` tokens, a third of them sharing prefixes; all sampling kinds."""
-    rng = random.Random(seed)
-    stems = [[rng.randrange(1, VOCAB) for _ in range(max_prompt)] for _ in range(4)]
-    requests = []
-    for index in range(count):
-        length = rng.randint(1, max_prompt)
-        prompt = [rng.randrange(1, VOCAB) for _ in range(length)]
-        if rng.random() < 0.35:
-            shared = rng.randint(0, length)
-            prompt[:shared] = rng.choice(stems)[:shared]
-        params = SamplingParams(
-            max_tokens=rng.randint(1, max_output),
-            temperature=rng.choice([0.0, 0.7, 1.0, 1.3]),
-            top_k=rng.choice([0, 0, 5, 50]),
-            top_p=rng.choice([1.0, 1.0, 0.9]),
-            min_p=rng.choice([0.0, 0.0, 0.05]),
-            repetition_penalty=rng.choice([1.0, 1.0, 1.2]),
-            presence_penalty=rng.choice([0.0, 0.0, 0.5]),
-            seed=index,
-        )
-        requests.append((prompt, params))
-    return requests
 
 
 @pytest.fixture(params=["native", "plain"])

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import pytest
+from tiny_models import random_requests, tiny_decoder
 
 from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
 
-from .conftest import random_requests, tiny_decoder
 
 BASE = EngineOptions(deterministic=True, max_batch=32, prefix_cache=False, token_budget=512)
 

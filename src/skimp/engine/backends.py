@@ -49,7 +49,7 @@ class StepBuffers:
         self.tables = [
             ints(max_seqs, -(-max_context // group.page_tokens)) for group in layout.groups
         ]
-        self.arena = arena.buffer
+        self.arena = arena.data
         self.max_rows, self.max_seqs, self.max_logits = max_rows, max_seqs, max_logits
 
     def step_inputs(

@@ -55,7 +55,10 @@ class Engine:
         self.max_context = _max_context(decoder, options)
         layout = CacheLayout.from_specs(decoder.cache_specs(), page_tokens=options.page_tokens)
         budget = options.cache_bytes or _default_cache_bytes(layout, options, self.max_context)
-        arena = Arena(layout, budget, torch.device(options.device))
+        try:
+            arena = Arena(layout, budget, options.device)
+        except ValueError as error:
+            raise OptionError(f"cache_bytes: {error}") from error
         self.cache = CacheManager(layout, arena, enable_prefix=options.prefix_cache)
         max_logits = max(options.max_batch, 128)
         buffers = StepBuffers(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from skimp.cache import CacheManager, OutOfPages
+from skimp.cache import CacheManager
 from skimp.decoding.proposal import Proposer
 from skimp.engine.request import Sequence
 
@@ -94,7 +94,7 @@ class Scheduler:
         while index < len(self.running) and budget and logits:
             seq = self.running[index]
             item = self._size(seq, budget, logits)
-            while seq.cache is not None and not self._reserve(item):
+            while seq.cache is not None and not self.cache.append(seq.cache, item.num_tokens):
                 self._preempt(self.running[-1])
                 preempted = True
             if seq.cache is None:
@@ -113,7 +113,7 @@ class Scheduler:
             )
             seq.num_reused = seq.cache.length
             item = self._size(seq, budget, logits)
-            if not self._reserve(item):
+            if not self.cache.append(seq.cache, item.num_tokens):
                 self.cache.close(seq.cache)
                 seq.cache = None
                 break
@@ -136,14 +136,6 @@ class Scheduler:
         room = min(budget - known, logits - 1, seq.tokens_left - 1)
         draft = self.proposer.propose(seq.tokens, room) if room > 0 else ()
         return Work(seq, start, known, 1 + len(draft), tuple(draft))
-
-    def _reserve(self, item: Work) -> bool:
-        assert item.seq.cache is not None
-        try:
-            self.cache.append(item.seq.cache, item.num_tokens)
-        except OutOfPages:
-            return False
-        return True
 
     def _preempt(self, seq: Sequence) -> None:
         assert seq.cache is not None

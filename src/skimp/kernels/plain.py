@@ -220,7 +220,7 @@ def _weight(linear: Linear) -> Tensor:
 
 
 def _flat(arena: Tensor, dtype: torch.dtype) -> Tensor:
-    return arena.view(dtype)
+    return arena[: arena.numel() - arena.numel() % dtype.itemsize].view(dtype)
 
 
 def _cache_index(cache: LayerCache, step: StepInputs, seq: Tensor, positions: Tensor) -> Tensor:
