@@ -115,7 +115,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(
-                f"{path}: {length} bytes of header in a file of {size}: truncated or not safetensors"
+                f"{path}: truncated or not safetensors: {length} bytes of header in {size}"
             )
         raw = file.read(length)
     try:

@@ -7,6 +7,7 @@ Weights are mapped from their files and become parameters without a copy where t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from skimp.errors import CheckpointError, ConfigError
 from skimp.model import families
 from skimp.model.checkpoint import StoredTensor, inside, map_tensors, read_directory, read_json
+from skimp.model.families.reader import ConfigReader
 from skimp.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 CONFIG_FILE: Final = "config.json"
+GENERATION_FILE: Final = "generation_config.json"
+RANDOM_CHUNK: Final = 1 << 21  # weights drawn from one generator
 
 
 def load_config(directory: Path | str) -> dict[str, Any]:
@@ -41,6 +45,19 @@ def load_spec(directory: Path | str) -> ModelSpec:
         return families.to_spec(config)
     except ConfigError as error:
         raise ConfigError(f"{directory / CONFIG_FILE}: {error}") from error
+
+
+def stop_token_ids(directory: Path | str, spec: ModelSpec) -> tuple[int, ...]:
+    """The end tokens of the spec and, after them, those only ``generation_config.json`` names.
+
+    Chat models often list the end of a turn there and nowhere else.
+    """
+    directory = _directory(directory)
+    if not (directory / GENERATION_FILE).exists():
+        return spec.eos_token_ids
+    read = ConfigReader("generation", read_json(inside(directory, GENERATION_FILE)))
+    more = read.token_ids("eos_token_id", None, spec.vocab_size)
+    return tuple(dict.fromkeys(spec.eos_token_ids + more))
 
 
 def load_decoder(directory: Path | str, *, dtype: torch.dtype | str = "auto") -> Decoder:
@@ -143,15 +160,28 @@ def assign(decoder: nn.Module, name: str, tensor: Tensor) -> None:
 
 def random_decoder(spec: ModelSpec, seed: int = 0, dtype: torch.dtype | str = "float32") -> Decoder:
     """A decoder with weights as at the start of training: matrices N(0, 0.02), norms near 1,
-    biases and sinks small. The same seed gives the same weights in every dtype, up to rounding."""
+    biases and sinks small. The same seed gives the same weights in every dtype, up to rounding,
+    and whatever the number of threads."""
     target = as_dtype(dtype)
     decoder = empty_decoder(spec)
-    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.Generator().manual_seed(seed)
+    chunks: list[tuple[Tensor, float, int]] = []
     for name, parameter in list(decoder.named_parameters()):
-        tensor = torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator)
-        if "norm" in name and name.endswith(".weight") and not spec.norm_plus_one:
-            tensor += 1.0
-        assign(decoder, name, tensor.to(target))
+        tensor = torch.empty(parameter.shape, dtype=target)
+        mean = 1.0 if "norm" in name and not spec.norm_plus_one else 0.0
+        pieces = tensor.view(-1).split(RANDOM_CHUNK)
+        for piece, draw in zip(pieces, torch.randint(2**62, (len(pieces),), generator=seeds)):
+            chunks.append((piece, mean, int(draw)))
+        assign(decoder, name, tensor)
+
+    def fill(chunk: tuple[Tensor, float, int]) -> None:
+        piece, mean, draw = chunk
+        generator = torch.Generator().manual_seed(draw)
+        piece.copy_(torch.empty(len(piece)).normal_(mean, 0.02, generator=generator))
+
+    # One call fills on one thread, without Python's lock.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, chunks))
     return decoder
 
 

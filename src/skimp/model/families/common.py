@@ -212,10 +212,13 @@ def base_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     first = spec.layers[0]
     mixer = first.mixer
     eos = list(spec.eos_token_ids)
+    # What the source says, unless a converter has moved the spec to another class since.
+    kept = spec.config.get("architectures") or [""]
+    ours = str(kept[0]).startswith(architecture.removesuffix("ForCausalLM"))
     return {
-        "architectures": [architecture],
-        "model_type": spec.family,
         **spec.config,
+        "architectures": kept if ours else [architecture],
+        "model_type": spec.family,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
         "intermediate_size": first.ffn.intermediate_size,
