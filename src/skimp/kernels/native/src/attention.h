@@ -1,0 +1,63 @@
+// What the attention driver (attention.cpp) asks of an instruction set (attention_*.cpp).
+//
+// Keys are cut at absolute positions into *spans*. Inside a span a row's softmax is computed in
+// one go; spans are merged in ascending order. A row's arithmetic depends on its own range of
+// keys only, never on its neighbours, its tile or its thread, so batching and chunking cannot
+// change a result.
+#pragma once
+#include "op.h"
+
+namespace skimp {
+
+constexpr int kSpan = 512;                // keys whose softmax is computed together
+constexpr int kGroup = 32;                // keys packed at a time
+constexpr int kPanel = 16;                // keys side by side in a packed panel
+constexpr int kTile = 16;                 // rows that pass through the kernels together
+constexpr int kScoreStride = kSpan + 16;  // floats; padded so that rows do not share cache sets
+constexpr int kProbStride = kSpan + 32;   // the same for bf16 probabilities
+
+// Scores become exponents of two: exponent = score * factor, after softcap where there is one.
+struct SoftmaxScale {
+  float factor;
+  float tanh_factor;  // 0: no softcap; else tanh(score * scale / cap) needs exp2(score * this)
+};
+
+// Packed forms, for operands of 4 bytes (float32) or 2 (bf16); `padded` is head_dim rounded up
+// to `align`, and padding is zero:
+//   query  [padded]
+//   key    panels of 16 keys: float32 [padded][16], bf16 [padded / 2][16][2]
+//   value  float32 [key][padded], bf16 [key / 2][padded][2]
+//   probabilities: float32 in place of the scores, bf16 [kTile][kProbStride]
+struct AttentionKernels {
+  int operand_bytes;
+  int align;
+  void (*begin)(int rows);  // before and after a run of score/weigh with at most `rows` rows
+  void (*end)();
+  void (*pack_query)(const float* q, float sign, int dim, int padded, void* dst);
+  // 16 keys given by pointers to their head_dim numbers.
+  void (*pack_keys)(const void* const* keys, DType dtype, int dim, int padded, void* panel);
+  void (*pack_values)(const void* const* values, DType dtype, int dim, int padded, void* dst);
+  // scores[r][16 * i ..] of consecutive panels; num_panels is even
+  void (*score)(const void* q, int rows, int padded, const void* panels, int num_panels,
+                float* scores);
+  // One row: keys [lo, hi) of the span are visible, probabilities are written for [g0, g1).
+  // Returns the largest exponent and the sum of probabilities.
+  void (*softmax)(float* scores, void* probs, int lo, int hi, int g0, int g1,
+                  const SoftmaxScale& scale, float* max, float* sum);
+  // out[r][padded] (+)= probabilities [key0, key0 + num_keys) times values packed from key0 on
+  void (*weigh)(const float* scores, const void* probs, int rows, int padded, const void* values,
+                int key0, int num_keys, bool accumulate, float* out);
+  // Adds a span's part (out, max, sum) of one row to the running one.
+  void (*merge)(const float* part, float part_max, float part_sum, int padded, float* acc,
+                float* max, float* sum);
+};
+
+const AttentionKernels& attention_scalar();
+#if defined(__x86_64__)
+const AttentionKernels& attention_avx2();
+const AttentionKernels& attention_avx512();      // f, bw, dq, vl
+const AttentionKernels& attention_avx512bf16();  // bf16 operands
+const AttentionKernels& attention_amx();         // bf16 operands
+#endif
+
+}  // namespace skimp

@@ -1,0 +1,117 @@
+// QK-norm, rotary embedding (Su et al. 2021) and the append of keys and values to the cache.
+// The loops are plain C++, compiled for several targets; without contraction or reassociation
+// all of them give the same bits.
+#include <cmath>
+#include <cstring>
+
+#include "cpu.h"
+#include "op.h"
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+namespace skimp {
+namespace {
+
+ALWAYS_INLINE void norm(float* x, const float* factor, int dim, float eps) {
+  float part[16] = {};
+  int d = 0;
+  for (; d + 16 <= dim; d += 16)
+    for (int i = 0; i < 16; ++i) part[i] += x[d + i] * x[d + i];
+  for (int i = 0; d + i < dim; ++i) part[i] += x[d + i] * x[d + i];
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  const float scale = 1.0f / std::sqrt(part[0] / static_cast<float>(dim) + eps);
+  for (d = 0; d < dim; ++d) x[d] = x[d] * scale * factor[d];
+}
+
+ALWAYS_INLINE void rotate(float* x, const float* cos, const float* sin, int half,
+                                bool interleaved) {
+  if (interleaved) {
+    for (int i = 0; i < half; ++i) {
+      const float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cos[i] - b * sin[i];
+      x[2 * i + 1] = b * cos[i] + a * sin[i];
+    }
+    return;
+  }
+  float* __restrict lo = x;
+  float* __restrict hi = x + half;
+  for (int i = 0; i < half; ++i) {
+    const float a = lo[i], b = hi[i];
+    lo[i] = a * cos[i] - b * sin[i];
+    hi[i] = b * cos[i] + a * sin[i];
+  }
+}
+
+ALWAYS_INLINE void write(const float* __restrict x, char* __restrict dst, int dim,
+                               bool bf16) {
+  if (!bf16) {
+    std::memcpy(dst, x, sizeof(float) * dim);
+    return;
+  }
+  for (int d = 0; d < dim; ++d) {
+    uint32_t bits;
+    std::memcpy(&bits, x + d, 4);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    const uint16_t rounded = static_cast<uint16_t>(
+        nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    std::memcpy(dst + 2 * d, &rounded, 2);
+  }
+}
+
+// Units are (row, kv head): its query heads, its key, its value.
+ALWAYS_INLINE void run_units(const RopeAppendOp& op, int64_t from, int64_t to) {
+  const RowMeta& meta = op.meta;
+  const int dim = op.head_dim, half = op.rotary_dim / 2, heads = op.num_kv_heads;
+  const int group = op.num_heads / heads;
+  const bool bf16 = op.head.dtype == BF16;
+  const int64_t vector = int64_t{dim} * (bf16 ? 2 : 4);
+  for (int64_t unit = from; unit < to; ++unit) {
+    const int64_t row = unit / heads;
+    const int head = static_cast<int>(unit % heads);
+    const int position = meta.positions[row];
+    const float* cos = op.cos ? op.cos + int64_t{position} * half : nullptr;
+    const float* sin = op.cos ? op.sin + int64_t{position} * half : nullptr;
+    float* q = op.qkv + row * op.qkv_stride + int64_t{head} * group * dim;
+    float* k = op.qkv + row * op.qkv_stride + (int64_t{op.num_heads} + head) * dim;
+    const float* v = k + int64_t{heads} * dim;
+    for (int g = 0; g < group; ++g) {
+      if (op.q_norm) norm(q + int64_t{g} * dim, op.q_norm, dim, op.norm_eps);
+      if (cos) rotate(q + int64_t{g} * dim, cos, sin, half, op.interleaved);
+    }
+    if (op.k_norm) norm(k, op.k_norm, dim, op.norm_eps);
+    if (cos) rotate(k, cos, sin, half, op.interleaved);
+    const int64_t page = meta.block_table[meta.row_seq[row] * meta.table_stride +
+                                          position / op.page_tokens];
+    const int64_t slot = position % op.page_tokens;
+    char* keys = meta.arena + 64 * page + op.layer_offset + vector * op.page_tokens * head;
+    char* values = keys + vector * op.page_tokens * heads;
+    write(k, keys + slot * vector, dim, bf16);
+    write(v, values + slot * vector, dim, bf16);
+  }
+}
+
+void run_any(const RopeAppendOp& op, int64_t from, int64_t to) { run_units(op, from, to); }
+
+#if defined(__x86_64__)
+__attribute__((target("avx2")))
+void run_avx2(const RopeAppendOp& op, int64_t from, int64_t to) { run_units(op, from, to); }
+
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+void run_avx512(const RopeAppendOp& op, int64_t from, int64_t to) { run_units(op, from, to); }
+#endif
+
+}  // namespace
+
+void run_rope_append(const void* op_, const StepInfo& step, const Team& team) {
+  const auto& op = *static_cast<const RopeAppendOp*>(op_);
+  const int64_t units = int64_t{step.rows} * op.num_kv_heads;
+  const int64_t from = units * team.tid / team.size, to = units * (team.tid + 1) / team.size;
+#if defined(__x86_64__)
+  if (current_isa() >= Isa::Avx512) return run_avx512(op, from, to);
+  if (current_isa() >= Isa::Avx2) return run_avx2(op, from, to);
+#endif
+  run_any(op, from, to);
+}
+
+}  // namespace skimp
