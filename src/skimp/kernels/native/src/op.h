@@ -27,8 +27,8 @@ struct Team {
   size_t scratch_bytes;
   void (*barrier_fn)(void*);
   void* barrier_ctx;
-  void* shared = nullptr;  // one block for the whole team, 64-byte aligned; may be missing
-  size_t shared_bytes = 0;
+  void* shared;  // one block for the whole team, 64-byte aligned
+  size_t shared_bytes;
   void barrier() const { barrier_fn(barrier_ctx); }
 };
 

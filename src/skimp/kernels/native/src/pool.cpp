@@ -20,6 +20,7 @@ namespace skimp {
 namespace {
 
 constexpr size_t SCRATCH_BYTES = size_t{4} << 20;  // touched lazily
+constexpr size_t SHARED_BYTES = size_t{16} << 20;  // likewise
 constexpr int SPINS = 200;    // with pause: a few microseconds, about one small op
 constexpr int YIELDS = 400;   // then let neighbours run, still reacting within a microsecond or so
 
@@ -114,7 +115,9 @@ class Pool {
               members_[tid]->scratch,
               SCRATCH_BYTES,
               [](void* barrier) { static_cast<Barrier*>(barrier)->wait(); },
-              &barrier_};
+              &barrier_,
+              shared_,
+              SHARED_BYTES};
     for (int i = 0; i < job.num_ops; ++i) {
       job.fns[i](job.ops[i], job.step, team);
       barrier_.wait();
@@ -125,6 +128,7 @@ class Pool {
   std::vector<std::unique_ptr<Member>> members_;
   Barrier barrier_;
   Job job_;
+  void* shared_ = std::aligned_alloc(64, SHARED_BYTES);
 };
 
 // Never destroyed: sleeping workers must not outlive it at exit. A forked child has no workers,
