@@ -1,4 +1,4 @@
-"""Captures a forward as a program of native ops, which one call then runs for any number of rows."""
+"""Captures a forward as a program of native ops; one call runs it for any number of rows."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ class Program:
             )
         assert self._pointers is not None, "the program is still being captured"
         self._run(self._address, len(self.ops), rows, num_seqs, num_logits, threads)
+
+    def external(self, *tensors: Tensor) -> list[Tensor]:
+        """Those the program must keep alive. Keeping the workspace's own would stop its reuse."""
+        return [tensor for tensor in tensors if not self.workspace.owns(tensor)]
 
     def shared_scratch(self, op: structs.MatmulOp, nbytes: int) -> None:
         """Give ``op`` scratch that all matrix products of the program share."""
@@ -205,8 +209,7 @@ class NativeOps:
         )
         rows = program.max_rows if logit_rows is None else program.max_logits
         program.shared_scratch(op, rows * (4 * matrix.in_features + 512))
-        # Buffers of the workspace are not kept: that would stop their reuse.
-        program.append(op, matrix, factor, logit_rows)
+        program.append(op, matrix, factor, logit_rows, *program.external(x, out))
 
     def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
         program = self.program
@@ -224,7 +227,7 @@ class NativeOps:
             dim=x.shape[1],
             eps=norm.eps,
         )
-        program.append(op, factor)
+        program.append(op, factor, *program.external(x, y))
         return x
 
     def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
@@ -272,7 +275,7 @@ class NativeOps:
             interleaved=spec.rope is not None and spec.rope.interleaved,
             page_tokens=cache.page_tokens,
         )
-        program.append(rope, step, q_norm, k_norm, cos, sin)
+        program.append(rope, step, q_norm, k_norm, cos, sin, *program.external(qkv))
         out = program.workspace.empty(program.max_rows, spec.q_dim, dtype)
         sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
         attend = structs.AttendOp(

@@ -37,6 +37,10 @@ class Workspace:
         flat = torch.frombuffer(owner, dtype=dtype)
         return flat.as_strided((rows, width), (row_bytes // dtype.itemsize, 1))
 
+    def owns(self, tensor: Tensor) -> bool:
+        address = tensor.data_ptr()
+        return any(b.data_ptr() <= address < b.data_ptr() + b.numel() for b in self._all)
+
     def _take(self, nbytes: int) -> Tensor:
         free = self._blocks.setdefault(nbytes, [])
         if free:
