@@ -162,7 +162,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if operator == "*":
             for size, times in ((left, right), (right, left)):
                 if isinstance(size, (str, list, tuple)) and isinstance(times, int):
-                    self.check_size(len(size) * max(times, 0))
+                    self.check_size(_size(size) * max(times, 0))
             _check_bits(left, right, 1)
         elif operator == "**":
             _check_bits(left, 0, right if isinstance(right, int) else 1)
@@ -342,7 +342,10 @@ def _own_text(body: list[nodes.Node]) -> Iterator[nodes.TemplateData]:
 
 
 def _size(value: Any) -> int:
-    return len(value) if isinstance(value, (str, list, tuple, dict)) else 0
+    """Characters to charge for a value; an entry of a list costs as much as eight."""
+    if isinstance(value, str):
+        return len(value)
+    return 8 * len(value) if isinstance(value, (list, tuple, dict)) else 0
 
 
 def _check_bits(left: Any, right: Any, power: int) -> None:
