@@ -157,7 +157,8 @@ class StopChecker:
             return self._strings.flush()
         if reason == "error":
             return self._strings.flush()
-        shown, found = self._strings.push(stream.flush())
+        armed = self._count > self._params.min_tokens
+        shown, found = self._strings.push(stream.flush(), armed=armed)
         if found is not None:
             self.stop_reason = found
             return shown
