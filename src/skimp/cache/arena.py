@@ -19,9 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from skimp.cache.layout import ALIGN, CacheLayout
-
-_MAX_CHUNKS = 4096  # enough for fine sharing, few enough to keep the bookkeeping small
+from skimp.cache.layout import ALIGN, OVERHEAD, CacheLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,24 +73,6 @@ class _Pool:
                 self.mask &= ~(1 << n)
 
 
-def choose_chunk_bytes(layout: CacheLayout, budget: int) -> int:
-    """A chunk size that wastes little of ``budget`` bytes: at chunk ends, at the arena's end, and
-    in chunks that a group holds but does not fill."""
-    sizes = [group.page_bytes for group in layout.groups]
-    largest = max(sizes)
-    floor = max(largest, budget // _MAX_CHUNKS)
-
-    def usable(chunk: int) -> float:
-        count = budget // chunk
-        worst = min(count * (chunk // size) * size for size in sizes)
-        return worst - (len(sizes) - 1) * chunk / 2
-
-    candidates = {-(-floor // size) * size * factor for size in sizes for factor in range(1, 17)}
-    fitting = [c for c in candidates if c >= floor and c * len(sizes) <= budget]
-    # Every group may need a page at the same time: with little memory take the smallest that can.
-    return max(fitting, key=lambda c: (usable(c), -c)) if fitting else largest
-
-
 class Arena:
     """Pages of every group of a layout out of one allocation of ``budget_bytes``."""
 
@@ -105,7 +85,7 @@ class Arena:
     ) -> None:
         """Allocate the budget once, on ``device``; nothing is allocated later.
 
-        ``chunk_bytes`` is chosen by :func:`choose_chunk_bytes` unless given, and rounded down to
+        ``chunk_bytes`` is chosen by the layout unless given, and rounded down to
         64. Raises ValueError if the budget cannot give each group one chunk, or exceeds the
         128 GiB that 32-bit addresses in units of 64 bytes can name.
         """
@@ -116,13 +96,12 @@ class Arena:
         self.layout = layout
         self.budget_bytes = budget_bytes
         largest = max(group.page_bytes for group in layout.groups)
-        # Up to 63 bytes align the base; the first 64 keep address 0 from being a page.
         if chunk_bytes is None:
-            chunk_bytes = choose_chunk_bytes(layout, budget_bytes - 2 * ALIGN)
+            chunk_bytes = layout.choose_chunk_bytes(budget_bytes)
         chunk_bytes -= chunk_bytes % ALIGN
         if chunk_bytes < largest:
             raise ValueError(f"chunk_bytes {chunk_bytes} is below the largest page, {largest}")
-        least = len(layout.groups) * chunk_bytes + 2 * ALIGN
+        least = len(layout.groups) * chunk_bytes + OVERHEAD
         if budget_bytes < least:
             raise ValueError(
                 f"budget_bytes {budget_bytes} is too small: {len(layout.groups)} cache groups "
@@ -133,7 +112,7 @@ class Arena:
         self.data = whole[shift:]
         self.chunk_bytes = chunk_bytes
         self._chunk_units = chunk_bytes // ALIGN
-        count = (budget_bytes - shift - ALIGN) // chunk_bytes
+        count = (budget_bytes - OVERHEAD) // chunk_bytes
         self.chunks = [_Chunk(1 + i * self._chunk_units) for i in range(count)]
         self._idle_chunks = self.chunks[::-1]
         self._pools = [_Pool(group.page_bytes, chunk_bytes) for group in layout.groups]

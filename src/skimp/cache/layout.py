@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from skimp.kernels.ops import LayerCache
 
 ALIGN = 64  # bytes; page addresses count in this unit
+OVERHEAD = 2 * ALIGN  # of an arena: to align its base, and so that address 0 is no page
+_MAX_CHUNKS = 4096  # enough for fine sharing, few enough to keep the bookkeeping small
 
 
 class Policy(Protocol):
@@ -181,7 +183,33 @@ class CacheLayout:
         tokens, at most ``step`` appended at a time."""
         return tuple(group.max_pages(length, step) for group in self.groups)
 
-    def bytes_needed(self, length: int, step: int = 1) -> int:
-        """The same in bytes over all groups."""
-        pages = self.pages_needed(length, step)
-        return sum(n * group.page_bytes for n, group in zip(pages, self.groups))
+    def bytes_needed(self, length: int, step: int = 1, sequences: int = 1) -> int:
+        """An arena budget that holds ``sequences`` such sequences, nothing shared, in chunks of
+        the size that :meth:`choose_chunk_bytes` gives."""
+        pages = [sequences * n for n in self.pages_needed(length, step)]
+        budget = OVERHEAD + sum(n * g.page_bytes for n, g in zip(pages, self.groups))
+        while True:
+            chunk = self.choose_chunk_bytes(budget)
+            chunks = sum(-(-n // (chunk // g.page_bytes)) for n, g in zip(pages, self.groups))
+            if OVERHEAD + chunks * chunk <= budget:
+                return budget
+            budget = OVERHEAD + chunks * chunk
+
+    def choose_chunk_bytes(self, budget_bytes: int) -> int:
+        """A chunk size that wastes little of an arena's budget: at the ends of chunks, at the
+        end of the arena, and in chunks that a group holds but does not fill."""
+        budget = budget_bytes - OVERHEAD
+        sizes = [group.page_bytes for group in self.groups]
+        floor = max(*sizes, budget // _MAX_CHUNKS, ALIGN)
+
+        def usable(chunk: int) -> float:
+            count = budget // chunk
+            worst = min(count * (chunk // size) * size for size in sizes)
+            return worst - (len(sizes) - 1) * chunk / 2
+
+        candidates = {
+            -(-floor // size) * size * factor for size in sizes for factor in range(1, 17)
+        }
+        # Every group may need a page at the same time.
+        fitting = [chunk for chunk in candidates if chunk * len(sizes) <= budget]
+        return max(fitting, key=lambda chunk: (usable(chunk), -chunk), default=max(sizes))

@@ -287,8 +287,8 @@ class CacheManager:
                 assert not any(pages[:first]) and all(pages[first:])
                 assert first <= group.first_page(seq.length)
                 assert all(self.arena.group_of(page) == group.index for page in pages[first:])
-                if not seq.pending:
-                    assert len(pages) - first <= group.max_pages(max(1, seq.length))
+                bound = group.max_pages(seq.length + seq.pending, max(1, seq.pending))
+                assert len(pages) - first <= bound, "more pages than planned for"
                 refs.update(pages[first:])
             if seq._node is not None:
                 ends[id(seq._node)] += 1

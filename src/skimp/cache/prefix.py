@@ -67,6 +67,7 @@ class PrefixTree:
         self._arena = arena
         self._hash = hasher
         self._roots: dict[Hashable, Node] = {}
+        self._salts: dict[Node, Hashable] = {}  # the same, backwards
         self._nodes: dict[int, Node] = {}
         self._owner: dict[int, tuple[Node, int]] = {}  # page -> who keeps it, for which group
         self._idle: list[OrderedDict[Node, int]] = [OrderedDict() for _ in layout.groups]
@@ -80,6 +81,7 @@ class PrefixTree:
         if root is None:
             root = Node(None, hash(salt), b"", 0, [0] * len(self._layout.groups))
             self._roots[salt] = root
+            self._salts[root] = salt
         root.pins += 1
         return root
 
@@ -244,10 +246,7 @@ class PrefixTree:
         while not node.pins and not any(node.pages):
             parent = node.parent
             if parent is None:
-                for salt, root in self._roots.items():
-                    if root is node:
-                        del self._roots[salt]
-                        break
+                del self._roots[self._salts.pop(node)]
                 return
             del self._nodes[node.key]
             parent.pins -= 1
@@ -269,12 +268,13 @@ class PrefixTree:
 
         Raises AssertionError on a mismatch.
         """
-        pins = Counter(ends)
+        children: Counter[int] = Counter()
         for node in self._nodes.values():
             assert node.parent is not None
             assert self._nodes.get(node.key) is node and node.depth == node.parent.depth + 1
             assert node.parent is self._nodes.get(node.parent.key) or not node.parent.depth
-            pins[id(node.parent)] += 1
+            children[id(node.parent)] += 1
+        pins = children + ends
         held = 0
         for node in [*self._nodes.values(), *self._roots.values()]:
             assert node.pins == pins[id(node)], f"{node.pins} pins, {pins[id(node)]} found"
@@ -289,8 +289,8 @@ class PrefixTree:
                 idle = node in self._idle[g]
                 assert idle == (self._arena.refs[page] == 1), "idle list is wrong"
                 if idle and anchors:
-                    assert node.pins == sum(n.parent is node for n in self._nodes.values())
-        assert held == len(self._owner)
+                    assert node.pins == children[id(node)], "an idle anchor is in use"
+        assert held == len(self._owner) and len(self._roots) == len(self._salts)
         for group, idle_nodes in zip(self._layout.groups, self._idle):
             seen: set[int] = set()
             for node in idle_nodes:
