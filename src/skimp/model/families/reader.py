@@ -65,6 +65,10 @@ class ConfigReader:
             return default
         return self._config[name]
 
+    def keep(self, name: str) -> None:
+        """Write this field back as it was, though it has been read."""
+        self._read.discard(name)
+
     def integer(
         self, name: str, default: Any = REQUIRED, *, least: int = 1, most: int = LARGEST
     ) -> int:
