@@ -41,6 +41,8 @@ def locate_model(name: str | Path) -> Path:
     embedded = embedded_models()
     if text in embedded:
         return embedded[text]
+    if not text:
+        raise ModelNotFoundError("the model name is empty")
     path = Path(text).expanduser()
     if path.is_dir():
         return path
