@@ -344,12 +344,12 @@ def test_unaligned_and_empty_tensors(tmp_path: Path) -> None:
 
 
 def test_never_laxer_than_the_safetensors_library(model: Path) -> None:
-    """2,000 damaged headers: what the library refuses we refuse, what we read it reads alike."""
+    """800 damaged headers: what the library refuses we refuse, what we read it reads alike."""
     random.seed(0)
     raw = weights(model).read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     accepted = 0
-    for _ in range(2000):
+    for _ in range(800):
         damaged = bytearray(raw)
         for _ in range(random.choice((1, 1, 2, 5))):
             at = random.choice((random.randrange(end), random.randrange(8)))
@@ -367,7 +367,7 @@ def test_never_laxer_than_the_safetensors_library(model: Path) -> None:
                 assert torch.equal(
                     tensor.view(torch.uint8), theirs.get_tensor(name).view(torch.uint8)
                 )
-    assert accepted > 10  # a letter of a name may change
+    assert accepted > 5  # a letter of a name may change
 
 
 def test_stop_tokens(model: Path) -> None:

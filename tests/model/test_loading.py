@@ -180,6 +180,10 @@ def test_names_lead_to_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "": "empty",
         "file.gguf": "not a directory",
         "..\\x": "no such directory",
+        "~no-such-user-here/x": "not",
+        "a/" + "b" * 300: "not",
+        "a--b/c": "Hub",
+        "nul\0byte": "no such directory",
     }.items():
         with pytest.raises(ModelNotFoundError) as caught:
             locate_model(name)
