@@ -135,6 +135,29 @@ GEMMA3 = {
     "torch_dtype": "bfloat16",
     "cache_implementation": "hybrid",
 }
+GEMMA2 = {
+    "model_type": "gemma2",
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "torch_dtype": "float32",
+}
 CWM = {
     "model_type": "cwm",
     "vocab_size": 128256,
@@ -154,7 +177,7 @@ CWM = {
     "eos_token_id": [128001, 128008, 128009],
     "torch_dtype": "bfloat16",
 }
-CONFIGS = {c["model_type"]: c for c in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA3, CWM)}
+CONFIGS = {c["model_type"]: c for c in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, CWM)}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -167,6 +190,8 @@ def test_real_field_sets_come_back_unchanged(name: str) -> None:
     assert families.to_spec(written) == spec
     # Values that the class does not use while windows are off, or that are written otherwise.
     loose = {"sliding_window_pattern"}
+    if name == "gemma2":
+        loose.add("hidden_act")
     if not config.get("use_sliding_window", True):
         loose.add("sliding_window")
     assert {k: written.get(k) for k in config if k not in loose} == {

@@ -100,6 +100,23 @@ CASES: dict[str, dict[str, Any]] = {
         "sliding_window": 1,
         "layer_types": [S, F, S],
     },
+    "gemma2-softcaps": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "sliding_window": 9,
+        "num_hidden_layers": 4,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+    },
+    "gemma2-uncapped": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "sliding_window": 9,
+        "layer_types": [F, S, F],
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
     "gemma3": {
         "model_type": "gemma3_text",
         "head_dim": 24,

@@ -36,6 +36,7 @@ MODELS = {
     "mistral": {"model_type": "mistral", "sliding_window": 5},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "gemma2": {"model_type": "gemma2", "sliding_window": 5},
     "gemma3_text": {"model_type": "gemma3_text", "sliding_window": 5, "sliding_window_pattern": 2},
     "cwm": {"model_type": "cwm", "sliding_window": 5},
 }

@@ -45,7 +45,7 @@ DTYPES: Final = {
 }
 MAX_HEADER: Final = 100_000_000  # bytes, the safetensors library's own limit
 MAX_JSON: Final = 64 << 20  # bytes of config.json or of an index
-MAX_MAPPINGS: Final = 256  # a checkpoint's; each holds a file descriptor before Python 3.13
+MAX_MAPPINGS: Final = 128  # about, for a checkpoint; each holds a file descriptor
 SMALL: Final = 1 << 20  # bytes; mappings are not cut finer than this
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"

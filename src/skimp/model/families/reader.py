@@ -99,8 +99,8 @@ class ConfigReader:
             raise self.refuse(f"{name} must be finite and above {above:g}, got {shown(value)}")
         return number
 
-    def optional_number(self, name: str) -> float | None:
-        value = self.raw(name)
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        value = self.raw(name, default)
         return None if value is None else self.check_number(name, value)
 
     def boolean(self, name: str, default: bool) -> bool:
