@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ DTYPES: Final = {
 }
 MAX_HEADER: Final = 100_000_000  # bytes, the safetensors library's own limit
 MAX_JSON: Final = 64 << 20  # bytes of config.json or of an index
-MAX_MAPPINGS: Final = 256  # a checkpoint's; each holds a file descriptor before Python 3.13
+MAX_MAPPINGS: Final = 128  # about, for a checkpoint; each holds a file descriptor
 SMALL: Final = 1 << 20  # bytes; mappings are not cut finer than this
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -62,6 +62,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     begin: int
     end: int
+    identity: tuple[int, ...] = ()  # of the file when its header was checked
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,15 +110,19 @@ def check_regular(path: Path) -> None:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file; CheckpointError if it is not sound."""
     check_regular(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(
-                f"{path}: truncated or not safetensors: {length} bytes of header in {size}"
-            )
-        raw = file.read(length)
+    try:
+        with path.open("rb") as file:
+            identity = _identity(file)
+            size = identity[2]
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
+                raise CheckpointError(
+                    f"{path}: truncated or not safetensors: {length} bytes of header in {size}"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
     try:
         if not raw.startswith(b"{"):
             raise ValueError("it does not start with '{'")
@@ -130,7 +135,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path}: __metadata__ must map strings to strings")
     data = 8 + length
-    found = {name: _stored(path, name, entry, data, size) for name, entry in header.items()}
+    found = {name: _stored(path, name, entry, data, identity) for name, entry in header.items()}
     end = data
     for tensor in sorted(found.values(), key=lambda t: (t.begin, t.end)):
         if tensor.begin != end:
@@ -151,7 +156,15 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _stored(path: Path, name: str, entry: Any, data: int, size: int) -> StoredTensor:
+def _identity(file: BinaryIO) -> tuple[int, int, int, int]:
+    """What changes if the file is replaced or written to; the size is third."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _stored(
+    path: Path, name: str, entry: Any, data: int, identity: tuple[int, ...]
+) -> StoredTensor:
     """One header entry: a dtype we know, a shape, and offsets that fit both."""
 
     def bad(reason: str) -> CheckpointError:
@@ -159,7 +172,9 @@ def _stored(path: Path, name: str, entry: Any, data: int, size: int) -> StoredTe
 
     def sizes(key: str) -> list[int]:
         values = entry[key]
-        if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+        if not isinstance(values, list) or not all(
+            type(v) is int and 0 <= v < 2**63 for v in values
+        ):
             raise bad(f"{key} must be a list of sizes")
         return values
 
@@ -177,10 +192,16 @@ def _stored(path: Path, name: str, entry: Any, data: int, size: int) -> StoredTe
         raise bad(
             f"shape {shape} of {entry['dtype']} needs {wanted} bytes, offsets give {end - begin}"
         )
-    if data + end > size:
-        raise bad(f"ends at byte {data + end}, the file has {size}: truncated")
+    if data + end > identity[2]:
+        raise bad(f"ends at byte {data + end}, the file has {identity[2]}: truncated")
     return StoredTensor(
-        name=name, file=path, dtype=dtype, shape=tuple(shape), begin=data + begin, end=data + end
+        name=name,
+        file=path,
+        dtype=dtype,
+        shape=tuple(shape),
+        begin=data + begin,
+        end=data + end,
+        identity=identity,
     )
 
 
@@ -291,10 +312,13 @@ def _map_group(path: Path, group: list[tuple[str, StoredTensor]]) -> Iterator[tu
     begin -= begin % mmap.ALLOCATIONGRANULARITY
     buffer = None
     if end > begin:
-        with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size < end:
-                raise CheckpointError(f"{path}: shrank while it was being read")
-            pages = mmap.mmap(file.fileno(), end - begin, access=mmap.ACCESS_COPY, offset=begin)
+        try:
+            with path.open("rb") as file:
+                if _identity(file) != group[0][1].identity:
+                    raise CheckpointError(f"{path}: changed while it was being read")
+                pages = mmap.mmap(file.fileno(), end - begin, access=mmap.ACCESS_COPY, offset=begin)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be mapped: {error}") from error
         # The tensor holds the mapping; without another reference it is unmapped with the tensor.
         buffer = torch.frombuffer(pages, dtype=torch.uint8)
     for name, tensor in group:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from skimp.errors import ModelNotFoundError
+from skimp.model.families.reader import shown
 
 # Never *.bin, *.py or the like: nothing that is downloaded can be code or a pickle.
 HUB_FILES: Final = (
@@ -41,10 +42,16 @@ def locate_model(name: str | Path) -> Path:
     embedded = embedded_models()
     if text in embedded:
         return embedded[text]
-    path = Path(text).expanduser()
-    if path.is_dir():
+    if not text:
+        raise ModelNotFoundError("the model name is empty")
+    try:
+        path = Path(text).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a NUL
+        raise ModelNotFoundError(f"{shown(text)}: not a path: {error}") from error
+    if is_directory:
         return path
-    if path.exists():
+    if exists:
         raise ModelNotFoundError(
             f"{text}: not a directory; name the directory that holds the model"
         )
@@ -60,6 +67,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -80,6 +88,10 @@ def _download(repository: str) -> Path:
         raise ModelNotFoundError(
             f"{repository}: no such local directory, not in the Hub cache, and the Hub cannot be "
             "reached"
+        ) from error
+    except HFValidationError as error:
+        raise ModelNotFoundError(
+            f"{repository}: no such local directory, and not a Hub repository's name"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelNotFoundError(f"{repository}: download failed: {error}") from error

@@ -14,7 +14,7 @@ from typing import Any, Protocol, cast
 from skimp.errors import ConfigError
 from skimp.model.spec import ModelSpec
 
-MODEL_TYPES = ("cwm", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("cwm", "gemma2", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
 
 
 class Family(Protocol):

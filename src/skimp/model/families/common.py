@@ -137,6 +137,10 @@ def make_spec(
     pad: int | None = None,
 ) -> ModelSpec:
     """The fields every family has, with the transformers class's defaults, and the rest."""
+    names = read.raw("architectures")
+    if names is not None and not (isinstance(names, list) and all(type(n) is str for n in names)):
+        raise read.refuse(f"architectures must be a list of class names, got {shown(names)}")
+    read.keep("architectures")
     ffn = GatedFFNSpec(
         intermediate_size=sizes.intermediate_size, activation=activation, bias=ffn_bias
     )
@@ -214,7 +218,7 @@ def base_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     eos = list(spec.eos_token_ids)
     # What the source says, unless a converter has moved the spec to another class since.
     kept = spec.config.get("architectures") or [""]
-    ours = str(kept[0]).startswith(architecture.removesuffix("ForCausalLM"))
+    ours = kept[0].startswith(architecture.removesuffix("ForCausalLM"))
     return {
         **spec.config,
         "architectures": kept if ours else [architecture],

@@ -42,36 +42,62 @@ def read_text(config: Mapping[str, Any], defaults: Mapping[str, int]) -> ModelSp
     sizes = common.read_sizes(
         read, max_positions=131_072, kv_heads=4, head_dim=256, defaults=defaults
     )
-    read.must_be("use_bidirectional_attention", False)
     if read.raw("attn_logit_softcapping") is not None:
         raise read.refuse(
             f"attn_logit_softcapping={shown(read.raw('attn_logit_softcapping'))}: the class "
             "declares this field and does not apply it, so its meaning is open"
         )
+    period = read.integer("sliding_window_pattern", 6)
+    ropes = _ropes(read, sizes.head_dim, sizes.max_positions)
+    return read_gemma(
+        read,
+        sizes,
+        period=period,
+        ropes=ropes,
+        qk_norm=True,
+        softcap=None,
+        logit_softcap=read.optional_number("final_logit_softcapping"),
+    )
+
+
+def read_gemma(
+    read: ConfigReader,
+    sizes: common.Sizes,
+    *,
+    period: int,
+    ropes: tuple[RopeSpec, RopeSpec],
+    qk_norm: bool,
+    softcap: float | None,
+    logit_softcap: float | None,
+) -> ModelSpec:
+    """What Gemma 2 and 3 share. Every ``period``-th layer is global; ropes are (local, global)."""
+    read.must_be("use_bidirectional_attention", False)
     window = read.optional_integer("sliding_window", 4096, least=1)
     if window is None and not read.has("layer_types"):
         raise read.refuse("sliding_window is off, but without layer_types most layers slide")
-    period = read.integer("sliding_window_pattern", 6)
     windows = common.read_windows(read, sizes.num_layers, window, lambda i: (i + 1) % period != 0)
     bias = read.boolean("attention_bias", False)
-    local, everywhere = _ropes(read, sizes.head_dim, sizes.max_positions)
+    scale = read.number("query_pre_attn_scalar", 256) ** -0.5
     mixers = [
         AttentionSpec(
             num_heads=sizes.num_heads,
             num_kv_heads=sizes.num_kv_heads,
             head_dim=sizes.head_dim,
-            rope=everywhere if layer_window is None else local,
-            scale=read.number("query_pre_attn_scalar", 256) ** -0.5,
+            rope=ropes[layer_window is None],
+            scale=scale,
             window=layer_window,
             qkv_bias=bias,
             out_bias=bias,
-            qk_norm=True,
+            qk_norm=qk_norm,
+            softcap=softcap,
         )
         for layer_window in windows
     ]
     activation = read.choice("hidden_activation", "gelu_pytorch_tanh", common.ACTIVATIONS)
     if read.has("hidden_act") and read.choice("hidden_act", "", common.ACTIVATIONS) != activation:
-        raise read.refuse(f"hidden_act and hidden_activation disagree: {activation} is the latter")
+        raise read.refuse(
+            f"hidden_act={shown(read.raw('hidden_act'))} and hidden_activation disagree"
+        )
     read.raw("hidden_act")
     return common.make_spec(
         read,
@@ -82,7 +108,7 @@ def read_text(config: Mapping[str, Any], defaults: Mapping[str, int]) -> ModelSp
         post_norms=True,
         norm_plus_one=True,
         embed_scale=sizes.hidden_size**0.5,
-        logit_softcap=read.optional_number("final_logit_softcapping"),
+        logit_softcap=logit_softcap,
         bos=2,
         eos=1,
         pad=0,
@@ -134,36 +160,38 @@ def tensor_names(spec: ModelSpec) -> Mapping[str, str]:
     return common.llama_tensor_names(spec, NORMS)
 
 
-def to_config(spec: ModelSpec) -> dict[str, Any]:
+def write_gemma(spec: ModelSpec, architecture: str) -> dict[str, Any]:
+    """What Gemma 2 and 3 share, the rope of global layers included."""
     first = spec.layers[0].mixer
-    config = common.base_config(spec, "Gemma3ForCausalLM") | common.write_windows(spec)
+    config = common.base_config(spec, architecture) | common.write_windows(spec)
     config["hidden_activation"] = config.pop("hidden_act")
     if config["sliding_window"] is None:
         del config["sliding_window"]
     scalar = first.scale**-2
-    config |= {
+    return config | {
         "attention_bias": first.qkv_bias,
         # The class wants an integer; the power back and forth leaves a rounding error.
         "query_pre_attn_scalar": round(scalar) if round(scalar) ** -0.5 == first.scale else scalar,
         "final_logit_softcapping": spec.logit_softcap,
     }
-    for layer in spec.layers:
-        rope = layer.mixer.rope
-        if rope is None:
-            continue
-        if layer.mixer.window is None:
-            config |= common.write_rope(rope)
-        else:
-            config["rope_local_base_freq"] = rope.theta
-    local = next((x.mixer.rope for x in spec.layers if x.mixer.window is not None), None)
+
+
+def to_config(spec: ModelSpec) -> dict[str, Any]:
+    config = write_gemma(spec, "Gemma3ForCausalLM")
+    mixers = [layer.mixer for layer in spec.layers]
+    everywhere = next((m.rope for m in mixers if m.window is None and m.rope), None)
+    local = next((m.rope for m in mixers if m.window is not None and m.rope), None)
+    for name in ("rope_theta", "rope_scaling"):
+        config.pop(name, None)  # those of the first layer, whichever kind it is
     if local is not None and local.scaling is not None:
         # Only transformers 5 has a place for this.
-        everywhere = next((x.mixer.rope for x in spec.layers if x.mixer.window is None), None)
         config["rope_parameters"] = {
             kind: {"rope_theta": rope.theta, **(common.write_scaling(rope) or {})}
             for kind, rope in ((common.SLIDING, local), (common.FULL, everywhere))
             if rope is not None
         }
-        for name in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
-            config.pop(name, None)
+    else:
+        config |= common.write_rope(everywhere)
+        if local is not None:
+            config["rope_local_base_freq"] = local.theta
     return common.checked(config, spec, to_spec)

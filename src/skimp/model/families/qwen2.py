@@ -32,6 +32,7 @@ def read_qwen(
     if not read.boolean("use_sliding_window", False):
         window = None
     first = read.integer("max_window_layers", 28, least=0)
+    read.keep("max_window_layers")
     windows = common.read_windows(read, sizes.num_layers, window, lambda i: i >= first)
     mixers = [
         AttentionSpec(
@@ -55,10 +56,13 @@ def write_qwen(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     config = common.base_config(spec, architecture) | common.write_windows(spec)
     sliding = [i for i, layer in enumerate(spec.layers) if layer.mixer.window is not None]
     config["use_sliding_window"] = bool(sliding)
-    # Readers older than layer_types know only "from this layer upwards".
-    config["max_window_layers"] = sliding[0] if sliding else spec.num_layers
+    if sliding:  # readers older than layer_types know only "from this layer upwards"
+        config["max_window_layers"] = sliding[0]
     return config
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    return common.checked(write_qwen(spec, "Qwen2ForCausalLM"), spec, to_spec)
+    config = write_qwen(spec, "Qwen2ForCausalLM")
+    if config["head_dim"] * config["num_attention_heads"] == spec.hidden_size:
+        del config["head_dim"]  # not a field of the class, though its attention reads it
+    return common.checked(config, spec, to_spec)

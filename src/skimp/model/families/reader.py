@@ -65,6 +65,10 @@ class ConfigReader:
             return default
         return self._config[name]
 
+    def keep(self, name: str) -> None:
+        """Write this field back as it was, though it has been read."""
+        self._read.discard(name)
+
     def integer(
         self, name: str, default: Any = REQUIRED, *, least: int = 1, most: int = LARGEST
     ) -> int:
@@ -95,8 +99,8 @@ class ConfigReader:
             raise self.refuse(f"{name} must be finite and above {above:g}, got {shown(value)}")
         return number
 
-    def optional_number(self, name: str) -> float | None:
-        value = self.raw(name)
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        value = self.raw(name, default)
         return None if value is None else self.check_number(name, value)
 
     def boolean(self, name: str, default: bool) -> bool:

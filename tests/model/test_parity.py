@@ -1,0 +1,273 @@
+"""Every family computes what transformers computes, in prefill and through a cache."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from skimp.model import families
+from skimp.model.loading import load_decoder
+
+LENGTH = 70
+TOLERANCE = 1e-4  # standard deviations of the logits
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+}
+S, F = "sliding_attention", "full_attention"
+CASES: dict[str, dict[str, Any]] = {
+    "llama-gqa": {"model_type": "llama"},
+    "llama-mha-tied": {
+        "model_type": "llama",
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    "llama-mqa-biases": {
+        "model_type": "llama",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 1,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama-wide-head": {"model_type": "llama", "head_dim": 22, "hidden_act": "gelu"},
+    "llama-linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0},
+    },
+    "llama-llama3": {"model_type": "llama", "rope_parameters": LLAMA3, "head_dim": 64},
+    "llama-yarn": {"model_type": "llama", "rope_parameters": YARN, "head_dim": 64},
+    "llama-yarn-factor": {
+        "model_type": "llama",
+        "rope_parameters": YARN | {"attention_factor": 0.75, "beta_fast": 16.0, "beta_slow": 2.0},
+        "head_dim": 64,
+    },
+    "llama-yarn-untruncated": {
+        "model_type": "llama",
+        "rope_parameters": YARN | {"truncate": False},
+        "head_dim": 64,
+    },
+    "llama-yarn-mscale": {
+        "model_type": "llama",
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+        "head_dim": 32,
+    },
+    "llama-dynamic": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1000.0},
+    },
+    "mistral-window": {"model_type": "mistral", "sliding_window": 7},
+    "mistral-full": {"model_type": "mistral", "sliding_window": None, "head_dim": 20},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-upper-windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 9,
+        "max_window_layers": 1,
+    },
+    "qwen2-yarn": {"model_type": "qwen2", "rope_parameters": YARN, "head_dim": 64},
+    "qwen3": {"model_type": "qwen3", "head_dim": 40},
+    "qwen3-biased-windows": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 1,
+        "layer_types": [S, F, S],
+    },
+    "gemma2-softcaps": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "sliding_window": 9,
+        "num_hidden_layers": 4,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+    },
+    "gemma2-uncapped": {
+        "model_type": "gemma2",
+        "head_dim": 24,
+        "sliding_window": 9,
+        "layer_types": [F, S, F],
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 24,
+        "sliding_window": 9,
+        "num_hidden_layers": 7,
+        "query_pre_attn_scalar": 20,
+    },
+    "gemma3-softcap-ropes": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "sliding_window": 16,
+        "layer_types": [F, S, S],
+        "final_logit_softcapping": 2.0,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            F: {"rope_type": "linear", "factor": 8.0, "rope_theta": 40000.0},
+            S: {"rope_type": "default", "rope_theta": 300.0},
+        },
+    },
+    "gemma3-local-scaling": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "sliding_window": 16,
+        "layer_types": [S, F, S],
+        "rope_parameters": {
+            F: YARN,
+            S: {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0},
+        },
+    },
+    "cwm": {
+        "model_type": "cwm",
+        "head_dim": 12,
+        "sliding_window": 11,
+        "num_hidden_layers": 5,
+        "mlp_bias": True,
+    },
+    "cwm-plain-rope": {
+        "model_type": "cwm",
+        "head_dim": 12,
+        "sliding_window": 11,
+        "layer_types": [S, S, F],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+
+
+def tokens() -> list[int]:
+    return torch.randint(
+        3, BASE["vocab_size"], (LENGTH,), generator=torch.Generator().manual_seed(3)
+    ).tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*dynamic.*")
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case: str, make_oracle: Any, tools: Any) -> None:
+    oracle = make_oracle(BASE | CASES[case])
+    expected = oracle.logits(tokens())
+    assert expected.std() > 0.1
+    whole = tools.whole(load_decoder(oracle.directory), tokens())
+    assert tools.distance(whole, expected) < TOLERANCE
+    for chunks in ([33, 1, 36], [LENGTH], [50] + [1] * 20):
+        ours = tools.cached(load_decoder(oracle.directory), tokens(), chunks)
+        assert tools.distance(ours, expected) < TOLERANCE, chunks
+
+
+@pytest.mark.filterwarnings("ignore:.*dynamic.*")
+@pytest.mark.parametrize("case", CASES)
+def test_written_config_means_the_same(case: str, make_oracle: Any, tmp_path: Any) -> None:
+    """transformers' config → spec → our config → transformers: every field is as it was."""
+    from transformers import AutoConfig
+
+    oracle = make_oracle(BASE | CASES[case])
+    source = json.loads((oracle.directory / "config.json").read_text())
+    spec = families.to_spec(source)
+    ours = families.to_config(spec)
+    assert families.to_spec(ours) == spec
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "config.json").write_text(json.dumps(ours))
+    first = AutoConfig.from_pretrained(oracle.directory).to_dict()
+    second = AutoConfig.from_pretrained(again).to_dict()
+    changed = {
+        k: (first.get(k), second.get(k)) for k in first | second if first.get(k) != second.get(k)
+    }
+    # The folder differs; writing layer_types out makes max_window_layers a mere hint.
+    for name in ("_name_or_path", "max_window_layers"):
+        changed.pop(name, None)
+    before, after = changed.pop("rope_parameters", ({}, {}))
+    for name, value in before.items():  # defaults may have been written out, nothing else
+        inner = after[name]
+        assert inner == value or {k: inner[k] for k in value} == value, name
+    assert not changed
+
+
+def test_windows_matter(make_oracle: Any, tools: Any) -> None:
+    """The parity above would not notice a window if no query reached past it."""
+    import dataclasses
+
+    from skimp.model.decoder import Decoder
+
+    oracle = make_oracle(BASE | CASES["mistral-window"])
+    decoder = load_decoder(oracle.directory)
+    spec = decoder.spec
+    layers = tuple(
+        dataclasses.replace(x, mixer=dataclasses.replace(x.mixer, window=8)) for x in spec.layers
+    )
+    wider = Decoder(dataclasses.replace(spec, layers=layers))
+    wider.load_state_dict(decoder.state_dict())
+    assert tools.distance(tools.whole(wider, tokens()), oracle.logits(tokens())) > 0.01
+
+
+@pytest.mark.parametrize("style", ["language_model.model.", "model.language_model."])
+def test_multimodal_gemma_is_read_as_text(
+    style: str, make_oracle: Any, tools: Any, tmp_path: Any
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    oracle = make_oracle(BASE | CASES["gemma3"])
+    text = json.loads((oracle.directory / "config.json").read_text())
+    names = load_file(oracle.directory / "model.safetensors")
+    renamed = {style + name.removeprefix("model."): t.clone() for name, t in names.items()}
+    renamed["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(3)
+    renamed["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.ones(3)
+    wrapped = tmp_path / "wrapped"
+    wrapped.mkdir()
+    save_file(renamed, wrapped / "model.safetensors")
+    config = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text,
+        "vision_config": {"hidden_size": 3, "model_type": "siglip_vision_model"},
+        "eos_token_id": [1, 96],
+        "torch_dtype": "float32",
+    }
+    (wrapped / "config.json").write_text(json.dumps(config))
+    decoder = load_decoder(wrapped)
+    assert decoder.spec.family == "gemma3_text"
+    assert tools.distance(tools.whole(decoder, tokens()), oracle.logits(tokens())) < TOLERANCE
+
+
+def test_a_real_model(shared: Any, tools: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    directory = shared / "models" / "stories260K"
+    if not directory.is_dir():
+        pytest.skip("no stories260K")
+    ids = [1, 403, 407, 261, 378, *torch.arange(3, 300).tolist()]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0]
+    ours = tools.whole(load_decoder(directory), ids)
+    assert tools.distance(ours, expected) < TOLERANCE
