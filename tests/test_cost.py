@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,13 +22,14 @@ from skimp.cost import (
     max_batch,
     max_context,
     memory_plan,
-    model_work,
     named_hardware,
     predict,
     step_cost,
     uniform,
 )
+from skimp.cost import model_work as work_of
 from skimp.cost.shortcuts import latent_attention
+from skimp.model.mixers.attention import cache_spec
 from skimp.model.spec import AttentionSpec, GatedFFNSpec, LayerSpec, ModelSpec, RopeSpec
 
 
@@ -67,6 +69,11 @@ def make_spec(
         max_positions=131072,
         tie_embeddings=tied,
     )
+
+
+def model_work(spec: ModelSpec, dtype: str = "bfloat16", **kw) -> ModelWork:
+    caches = [cache_spec(layer.mixer, getattr(torch, dtype)) for layer in spec.layers]
+    return work_of(spec, kw.pop("caches", caches), dtype=dtype, **kw)
 
 
 def llama_8b() -> ModelSpec:
@@ -218,7 +225,7 @@ def test_recurrent_state_is_read_and_written_whatever_the_context() -> None:
         (lambda: SequenceStep(context=1, tokens=0), "tokens"),
         (lambda: SequenceStep(context=4, tokens=2, logits=3), "logits"),
         (lambda: step_cost(model_work(make_spec()), []), "batch"),
-        (lambda: model_work(make_spec(), dtype="float8"), "dtype"),
+        (lambda: work_of(make_spec(), [], dtype="float8"), "dtype"),
         (lambda: model_work(make_spec(), bits={"layer.0.*": 4}), "layer.0.*"),
         (lambda: model_work(make_spec(), bits={"lm_head": 0}), "bits"),
         (lambda: model_work(make_spec(), caches=[]), "caches"),

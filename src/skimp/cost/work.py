@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from skimp.cache.spec import CacheSpec
-from skimp.model.spec import AttentionSpec, LayerSpec, ModelSpec
+from skimp.model.spec import LayerSpec, ModelSpec
 
 Kind = Literal["matmul", "attention"]
 
@@ -201,33 +201,21 @@ class StepCost:
         return self.matmul_flops + self.attention_flops
 
 
-def attention_cache(spec: AttentionSpec, dtype: str) -> CacheSpec:
-    """Keys and values of every KV head, for as long as a query can see them."""
-    return CacheSpec(
-        kind="kv",
-        bytes_per_token=2 * spec.kv_dim * item_bytes(dtype),
-        horizon=spec.window,
-        dtype=dtype,
-        shape=(spec.num_kv_heads, spec.head_dim),
-    )
-
-
 def model_work(
     spec: ModelSpec,
+    caches: Sequence[CacheSpec],
     *,
     dtype: str | None = None,
     bits: Mapping[str, float] | None = None,
-    caches: Sequence[CacheSpec] | None = None,
 ) -> ModelWork:
-    """The work of a model, from its spec.
+    """The work of a model, from its spec and its layers' own cache specs, in order.
 
-    ``dtype`` (the checkpoint's by default) is that of dense weights, cache and arithmetic.
+    ``dtype`` (the checkpoint's by default) is that of dense weights and arithmetic.
     ``bits`` overrides the bits per weight of matrices whose name matches a shell pattern, such as
     ``{"layers.*": 4.125, "lm_head": 16}``; the first match counts, and a pattern that matches
     nothing is refused. Matrices are named ``layers.<i>.mixer.{q,k,v,o}_proj``,
-    ``layers.<i>.ffn.{gate,up,down}_proj`` and ``lm_head``; ``embedding`` sets the bits of an
-    untied table. ``caches`` are the layers' own cache specs, in order; without them keys and
-    values are stored in ``dtype``.
+    ``layers.<i>.ffn.{gate,up,down}_proj`` and ``lm_head``; ``embed_tokens`` sets the bits of
+    an untied table.
     """
     dtype = spec.dtype if dtype is None else dtype
     dense_bits = 8.0 * item_bytes(dtype)
@@ -243,8 +231,6 @@ def model_work(
                 return float(value)
         return dense_bits
 
-    if caches is None:
-        caches = [attention_cache(layer.mixer, dtype) for layer in spec.layers]
     if len(caches) != spec.num_layers:
         raise ValueError(f"caches: {len(caches)} cache specs for {spec.num_layers} layers")
 
@@ -270,7 +256,7 @@ def model_work(
             head=True,
         )
     )
-    table_bits = head_bits if spec.tie_embeddings else bits_of("embedding")
+    table_bits = head_bits if spec.tie_embeddings else bits_of("embed_tokens")
     unused = [pattern for pattern in overrides if pattern not in used]
     if unused:
         raise ValueError(f"bits: {unused[0]!r} matches no matrix of this model")
