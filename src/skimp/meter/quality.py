@@ -86,7 +86,7 @@ def evaluate(
     spec, tokenizer = engine.spec, engine.tokenizer
     if tokenizer is None:
         raise ValueError("model: it has no tokenizer, so text cannot be scored")
-    longest = engine.options.max_context or spec.max_positions
+    longest = engine.max_context - 1  # the engine keeps room for one generated token
     context = longest if context is None else context
     if not 2 <= context <= longest:
         raise ValueError(f"context: between 2 and {longest}, not {context}")
@@ -98,7 +98,7 @@ def evaluate(
     documents = _limit(split_documents(text), max_bytes)
     if not documents:
         raise ValueError("text: there is nothing to score in it")
-    encoded = [tokenizer.encode(doc, add_special_tokens=False) for doc in documents]
+    encoded = [tokenizer.encode(doc, add_special=False) for doc in documents]
     size = block_tokens(sum(map(len, encoded)))
     blocks: list[Block] = []
     tokens = 0

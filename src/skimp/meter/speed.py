@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from skimp.cost import Hardware, ModelWork, SequenceStep, predict, step_cost
-from skimp.meter.work import engine_work
+from skimp.meter.work import engine_threads, engine_work
 
 if TYPE_CHECKING:
     from skimp.engine import Engine
@@ -168,6 +168,8 @@ def _round(engine: Engine, case: Case, rng: random.Random) -> Round:
             outputs = engine.step()
             took = time.perf_counter() - start
             for output in outputs:
+                if output.request_id not in lengths:
+                    continue
                 lengths[output.request_id] = len(output.outputs[0].token_ids)
                 if output.finished:
                     raise ValueError(
@@ -181,6 +183,8 @@ def _round(engine: Engine, case: Case, rng: random.Random) -> Round:
     finally:
         for request_id in ids:
             engine.abort(request_id)
+        while engine.has_unfinished():  # hands out what the aborts left
+            engine.step()
     return Round(prefill_s=prefill_s, step_s=tuple(times), contexts=middle)
 
 
@@ -199,7 +203,7 @@ def _result(
         device=engine.options.device,
         dtype=work.compute_dtype,
         backend=engine.backend_name,
-        threads=hardware.threads or 1,
+        threads=engine_threads(engine),
         hardware=hardware.note,
         ms_per_step=ms,
         spread=(max(medians) - min(medians)) / ms,

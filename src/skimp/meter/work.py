@@ -27,5 +27,16 @@ def spec_work(spec: ModelSpec, dtype: str | None = None) -> ModelWork:
 
 def engine_work(engine: Engine) -> ModelWork:
     """The work of a loaded engine, as it is bound: its dtype, its caches."""
-    dtype = str(engine.decoder.dtype).removeprefix("torch.")
+    dtype = str(engine.dtype).removeprefix("torch.")
     return model_work(engine.spec, engine.decoder.cache_specs(), dtype=dtype)
+
+
+def engine_threads(engine: Engine) -> int:
+    """CPU threads the engine's backend computes with."""
+    if engine.backend_name == "native":
+        from skimp.kernels import native
+
+        return native.get_threads()
+    import torch
+
+    return torch.get_num_threads()
