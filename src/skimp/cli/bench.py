@@ -41,9 +41,7 @@ def bench(
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
     backend: opt.Backend = "auto",
-    token_budget: Annotated[
-        int, typer.Option(help="Most tokens of one step.", metavar="N")
-    ] = 512,
+    token_budget: Annotated[int, typer.Option(help="Most tokens of one step.", metavar="N")] = 512,
     seed: Annotated[int, typer.Option(help="Of prompts and random weights.", metavar="N")] = 0,
     json_output: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -69,9 +67,7 @@ def bench(
         raise ValueError("MODEL: name a model, or a shape with --random-weights, not both")
     batches = opt.parse_counts(batch or ["1"], "batch")
     contexts = opt.parse_counts(context or ["128"], "context")
-    cases = [
-        Case(batch=b, context=c, new_tokens=new_tokens) for b in batches for c in contexts
-    ]
+    cases = [Case(batch=b, context=c, new_tokens=new_tokens) for b in batches for c in contexts]
     if rounds < 1:
         raise ValueError(f"rounds: at least 1, not {rounds}")
     if token_budget < 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from skimp.decoding.params import SamplingParams
     from skimp.engine import Engine, RequestOutput
 
+DEFAULT_MAX_TOKENS = 256
+
 
 def generate(
     model: opt.ModelArgument,
     prompt: Annotated[
         str, typer.Argument(metavar="PROMPT", help="Text to continue; - reads standard input.")
     ],
-    max_tokens: opt.MaxTokens = 256,
+    max_tokens: opt.MaxTokens = None,
     temperature: opt.Temperature = 1.0,
     top_k: opt.TopK = 0,
     top_p: opt.TopP = 1.0,
@@ -116,8 +118,12 @@ def generate(
     )
     text = read_prompt(prompt)
     engine = load_engine(model, engine_options)
+    assert engine.tokenizer is not None
+    ids = engine.tokenizer.encode(text)
+    if max_tokens is None:
+        params = clip_max_tokens(engine, ids, replace(params, max_tokens=DEFAULT_MAX_TOKENS))
     live = not json_output and n == 1
-    output, speed = stream(engine, text, params, echo=live)
+    output, speed = stream(engine, ids, params, echo=live)
     if output.error:
         raise ValueError(output.error)
     if json_output:
@@ -128,6 +134,14 @@ def generate(
             print(f"[{completion.index + 1} of {n}]\n{completion.text}", flush=True)
     if not quiet:
         note(speed_line(engine, output, speed))
+
+
+def clip_max_tokens(engine: Engine, prompt: list[int], params: SamplingParams) -> SamplingParams:
+    """A default that nobody asked for gives way to what the context still holds."""
+    room = engine.max_context - len(prompt)
+    if params.max_tokens is None or params.max_tokens <= room or room < 1:
+        return params
+    return replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +162,7 @@ class Speed:
 
 
 def stream(
-    engine: Engine, prompt: str | list[int], params: SamplingParams, *, echo: bool
+    engine: Engine, prompt: list[int], params: SamplingParams, *, echo: bool
 ) -> tuple[RequestOutput, Speed]:
     """Runs one request to its end, writing text as it comes if ``echo``."""
     start = time.perf_counter()

@@ -31,6 +31,14 @@ def random_engine(config: str, options: EngineOptions, *, seed: int = 0) -> Engi
     return Engine.from_decoder(decoder, tokenizer=None, options=options)
 
 
+def chat_prompt(engine: Engine, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation that an answer is to follow."""
+    from skimp.text.chat import ChatTemplate
+
+    assert engine.tokenizer is not None
+    return ChatTemplate.of(engine.tokenizer).encode(messages)
+
+
 def model_spec(model: str) -> ModelSpec:
     """The spec of a model, or of a ``config.json`` that is named itself."""
     path = Path(model).expanduser()

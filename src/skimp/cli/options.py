@@ -45,7 +45,7 @@ Seed = Annotated[
 MaxTokens = Annotated[
     int | None,
     typer.Option(
-        help="Most tokens to generate; what the context holds by default.",
+        help="Most tokens to generate; 256 by default, or fewer if the context ends.",
         metavar="N",
         show_default=False,
     ),

@@ -48,9 +48,7 @@ def plan(
         float, typer.Option(help="A draft step's time over a step's.", metavar="X")
     ] = 0.1,
     block: Annotated[int, typer.Option(help="Tokens of a diffusion block.", metavar="N")] = 8,
-    block_steps: Annotated[
-        int, typer.Option(help="Steps that denoise a block.", metavar="N")
-    ] = 4,
+    block_steps: Annotated[int, typer.Option(help="Steps that denoise a block.", metavar="N")] = 4,
     json_output: opt.Json = False,
 ) -> None:
     """Predict a generation step from the model's shape alone: nothing is loaded or run.
@@ -197,9 +195,7 @@ def _print(
             ]
         )
     overhead = base.time.overhead_s
-    rows.append(
-        ["overhead", "", "", ms_text(overhead), percent(overhead / base.time.seconds), ""]
-    )
+    rows.append(["overhead", "", "", ms_text(overhead), percent(overhead / base.time.seconds), ""])
     rows.append(
         [
             "step",
