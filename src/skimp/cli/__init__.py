@@ -30,7 +30,6 @@ def make_app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         add_completion=False,
-        no_args_is_help=True,
     )
     app.callback(invoke_without_command=True)(_root)
     app.command()(generate)
@@ -43,6 +42,7 @@ def make_app() -> typer.Typer:
 
 
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
 ) -> None:
     if version:
@@ -50,6 +50,8 @@ def _root(
 
         typer.echo(f"skimp {skimp.__version__}")
         raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:

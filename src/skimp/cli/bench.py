@@ -112,8 +112,8 @@ def _print(name: str, results: list[SpeedResult]) -> None:
 
     first = results[0]
     title = (
-        f"{name}: {first.dtype}, {first.device} ({first.backend} kernels, {first.threads} threads), "
-        f"{first.rounds} rounds of {first.case.new_tokens} steps\n{first.hardware}"
+        f"{name}: {first.dtype}, {first.device} ({first.backend} kernels, {first.threads} threads)"
+        f", {first.rounds} rounds of {first.case.new_tokens} steps\n{first.hardware}"
     )
     columns = [
         "batch x context", "tokens/s", "ms/step", "spread", "predicted", "limit", "of limit",

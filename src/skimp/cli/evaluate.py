@@ -31,10 +31,10 @@ def evaluate(
     json_output: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Bits per byte of a text, with a 95 % interval: lower is better, whatever the tokenizer.
+    """Measure bits per byte of a text.
 
-    Documents are parted by lines that read <|endoftext|>. Long ones are scored in windows that
-    overlap by half.
+    Lower is better, whatever the tokenizer; a 95 % interval comes with it. Documents are parted by
+    lines that read <|endoftext|>. Long ones are scored in windows that overlap by half.
 
     \b
     Examples:

@@ -12,9 +12,10 @@ def info(
     dtype: opt.DType = "auto",
     json_output: opt.Json = False,
 ) -> None:
-    """Sizes of a model and of its cache, and the kernels that would run it here.
+    """Describe a model and this machine.
 
-    MODEL may also be a config.json: no weights are read.
+    Sizes of the model and of its cache, and the kernels that would run it here. MODEL may also be a
+    config.json: no weights are read.
 
     \b
     Examples:

@@ -22,13 +22,15 @@ def note(text: str) -> None:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout; the first column is text, the others are figures.
 
-    Written plainly: wrapped to no terminal's width, so that it can be piped and compared.
+    A last column named "assuming" is text too. Written plainly: wrapped to no terminal's width, so
+    that it can be piped and compared.
     """
+    text = {0, len(columns) - 1} if columns[-1] == "assuming" else {0}
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     lines = [title] if title else []
     for row in [columns, ["-" * w for w in widths], *rows]:
         cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i in text else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths))
         ]
         lines.append("  ".join(cells).rstrip())

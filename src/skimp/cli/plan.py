@@ -51,10 +51,10 @@ def plan(
     block_steps: Annotated[int, typer.Option(help="Steps that denoise a block.", metavar="N")] = 4,
     json_output: opt.Json = False,
 ) -> None:
-    """Predict a generation step from the model's shape alone: nothing is loaded or run.
+    """Predict speed and memory from a shape.
 
-    Everything shown is predicted, and only speed and memory: what a shortcut costs in accuracy has
-    to be measured.
+    Nothing is loaded or run: a generation step is predicted from sizes alone. Everything shown is
+    predicted, and only speed and memory: what a shortcut costs in accuracy has to be measured.
 
     \b
     Examples:
