@@ -87,7 +87,7 @@ def bench(
         threads=threads,
         backend=backend,
         token_budget=token_budget,
-        max_batch=max(batches),
+        max_batch=max(2, *batches),
         max_context=min(needed, limit),
     )
     with progress_text(not (quiet or json_output)) as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer."
 COMMANDS = ("/reset", "/quit", "/exit", "/help")
 Message = dict[str, str]
+Encoder = Callable[[list[Message]], list[int]]
 
 
 def chat(
@@ -47,7 +49,7 @@ def chat(
       printf 'Hello.\\nWhat did I say?\\n' | skimp chat tales --seed 7
     """
     from skimp.cli.generate import DEFAULT_MAX_TOKENS
-    from skimp.cli.models import load_engine
+    from skimp.cli.models import chat_encoder, load_engine
     from skimp.cli.output import note
     from skimp.decoding.params import SamplingParams
 
@@ -65,9 +67,10 @@ def chat(
         threads=threads,
         backend=backend,
         max_context=max_context,
-        max_batch=1,
+        max_batch=2,
     )
     engine = load_engine(model, options)
+    encode = chat_encoder(engine)
     interactive = sys.stdin.isatty()
     if interactive:
         note(f"{model}. {HELP}")
@@ -88,11 +91,11 @@ def chat(
             continue
         messages.append({"role": "user", "content": line})
         dropped = len(messages)
-        messages = fit(engine, messages, params, keep=len(start))
+        messages = fit(engine, encode, messages, params, keep=len(start))
         dropped -= len(messages)
         if dropped:
             note(f"[the {dropped} oldest messages no longer fit the context and are dropped]")
-        answer = _answer(engine, messages, params, interactive=interactive)
+        answer = _answer(engine, encode(messages), params, interactive=interactive)
         if answer is None:
             messages.pop()
         else:
@@ -117,29 +120,30 @@ def _read(interactive: bool) -> str | None:
 
 
 def fit(
-    engine: Engine, messages: list[Message], params: SamplingParams, *, keep: int
+    engine: Engine,
+    encode: Encoder,
+    messages: list[Message],
+    params: SamplingParams,
+    *,
+    keep: int,
 ) -> list[Message]:
     """The messages without their oldest turns, until prompt and answer fit the context.
 
     The first ``keep`` (the system message) and the last stay, whatever their length.
     """
-    from skimp.cli.models import chat_prompt
-
     # An answer is worth dropping old turns for, but not for more than a quarter of the context.
     room = engine.max_context - min(params.max_tokens or 1, engine.max_context // 4)
-    while len(messages) > keep + 2 and len(chat_prompt(engine, messages)) > room:
+    while len(messages) > keep + 2 and len(encode(messages)) > room:
         messages = [*messages[:keep], *messages[keep + 2 :]]
     return messages
 
 
 def _answer(
-    engine: Engine, messages: list[Message], params: SamplingParams, *, interactive: bool
+    engine: Engine, prompt: list[int], params: SamplingParams, *, interactive: bool
 ) -> str | None:
     """Streams an answer and returns it; None if it was stopped."""
     from skimp.cli.generate import clip_max_tokens, stream
-    from skimp.cli.models import chat_prompt
 
-    prompt = chat_prompt(engine, messages)
     try:
         output, _ = stream(engine, prompt, clip_max_tokens(engine, prompt, params), echo=True)
     except KeyboardInterrupt:

@@ -40,6 +40,9 @@ class OneLineErrors(TyperGroup):
         except BrokenPipeError:
             _silence()
             code = BROKEN_PIPE
+        except SystemExit as stop:
+            # typer answers a broken pipe itself, by leaving with 1
+            code = BROKEN_PIPE if isinstance(stop.__context__, BrokenPipeError) else stop.code
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except FileNotFoundError as error:

@@ -48,7 +48,7 @@ def evaluate(
     window = None if context is None else opt.parse_count(context, "context")
     limit = None if max_bytes is None else opt.parse_count(max_bytes, "max_bytes")
     options = opt.engine_options(
-        dtype=dtype, device=device, threads=threads, backend=backend, max_batch=1
+        dtype=dtype, device=device, threads=threads, backend=backend, max_batch=2
     )
     content = read_text(text)
     engine = load_engine(model, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,12 +32,14 @@ def random_engine(config: str, options: EngineOptions, *, seed: int = 0) -> Engi
     return Engine.from_decoder(decoder, tokenizer=None, options=options)
 
 
-def chat_prompt(engine: Engine, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation that an answer is to follow."""
-    from skimp.text.chat import ChatTemplate
+def chat_encoder(engine: Engine) -> Callable[[list[dict[str, str]]], list[int]]:
+    """A function from a conversation to the token ids that an answer is to follow."""
+    from skimp.text.chat import encode_chat, template_for
 
-    assert engine.tokenizer is not None
-    return ChatTemplate.of(engine.tokenizer).encode(messages)
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    template = template_for(tokenizer)
+    return lambda messages: encode_chat(tokenizer, template, messages)
 
 
 def model_spec(model: str) -> ModelSpec:

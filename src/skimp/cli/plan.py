@@ -11,6 +11,8 @@ from skimp.cli import options as opt
 if TYPE_CHECKING:
     from skimp.cost import Hardware, Inapplicable, ModelWork, Outcome
 
+DEFAULT_CONTEXT = 4096
+
 
 def plan(
     model: Annotated[
@@ -23,8 +25,13 @@ def plan(
         str, typer.Option(help="this, h100, a100, rtx4090, laptop, desktop or server.")
     ] = "this",
     context: Annotated[
-        str, typer.Option(help="Tokens a sequence holds, e.g. 32k.", metavar="N")
-    ] = "4k",
+        str | None,
+        typer.Option(
+            help="Tokens a sequence holds, e.g. 32k; 4k by default, or what the model can.",
+            metavar="N",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Sequences at once.", metavar="N")] = "1",
     dtype: Annotated[
         str, typer.Option(help="Of weights and cache; the checkpoint's by default.")
@@ -67,7 +74,7 @@ def plan(
     from skimp.meter.work import spec_work
 
     sequences = opt.parse_count(batch, "batch")
-    tokens = opt.parse_count(context, "context")
+    tokens = None if context is None else opt.parse_count(context, "context")
     assumptions = Assumptions(
         kv_heads=kv_heads,
         window=opt.parse_count(window, "window"),
@@ -82,6 +89,8 @@ def plan(
         raise ValueError(f"memory: a positive number of GB, not {memory}")
     machine = this_machine() if hardware == "this" else hardware_by_name(hardware)
     spec = model_spec(model)
+    if tokens is None:
+        tokens = min(DEFAULT_CONTEXT, spec.max_positions)
     if tokens > spec.max_positions:
         raise ValueError(f"context: {tokens} exceeds the model's {spec.max_positions} positions")
     work = spec_work(spec, None if dtype == "auto" else dtype)

@@ -186,10 +186,10 @@ def _fewer_heads(spec: ModelSpec, work: ModelWork, wanted: int | None) -> tuple[
         target = wanted
         if target is None:
             target = max(1, now // (4 if now == mixer.num_heads else 2))
-        if target >= now:
-            raise _NoGain(f"already {now} KV head{'s' if now > 1 else ''}")
         if target < 1 or mixer.num_heads % target:
             raise ValueError(f"kv_heads: {target} does not divide {mixer.num_heads} heads")
+        if target >= now:
+            raise _NoGain(f"already {now} KV head{'s' if now > 1 else ''}")
         text = f"{now} to {target} KV heads"
         ratio = target / now
         cache = work.mixers[i].cache
