@@ -1,0 +1,5 @@
+"""``python -m skimp.cli``."""
+
+from skimp.cli import main
+
+main()

@@ -1,0 +1,79 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from skimp.engine.options import EngineOptions
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory, Hub id or embedded model.")
+]
+DType = Annotated[
+    str, typer.Option(help="auto (the checkpoint's), float32 or bfloat16.", metavar="NAME")
+]
+Device = Annotated[str, typer.Option(help="cpu or cuda.", metavar="NAME")]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; all by default.", metavar="N", show_default=False)
+]
+Backend = Annotated[str, typer.Option(help="auto, native or plain kernels.", metavar="NAME")]
+MaxContext = Annotated[
+    str | None,
+    typer.Option(
+        help="Longest sequence, e.g. 2048 or 32k; the model's own by default.",
+        metavar="TOKENS",
+        show_default=False,
+    ),
+]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="Same tokens whatever else runs, bit for bit.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no speed line.")]
+
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", metavar="T")]
+TopK = Annotated[int, typer.Option(help="Keep the K likeliest tokens; 0: all.", metavar="K")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of mass P.", metavar="P")]
+MinP = Annotated[float, typer.Option(help="Keep tokens at least P times the best.", metavar="P")]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Makes sampling repeatable.", metavar="N", show_default=False),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tokens to generate; 256 by default, or fewer if the context ends.",
+        metavar="N",
+        show_default=False,
+    ),
+]
+
+
+def parse_count(text: str, field: str) -> int:
+    """A count such as ``4096``, ``32k`` (of 1024) or ``1m``. ValueError names ``field``."""
+    factors = {"k": 1 << 10, "m": 1 << 20}
+    body = text.strip().lower().replace("_", "")
+    factor = factors.get(body[-1:], 1)
+    digits = body[:-1] if factor > 1 else body
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 12 or int(digits) == 0:
+        raise ValueError(f"{field}: {text!r} is not a count such as 4096 or 32k")
+    return int(digits) * factor
+
+
+def parse_counts(values: list[str], field: str) -> list[int]:
+    """Counts from repeated options and comma-separated lists, in order, each once."""
+    counts = [parse_count(part, field) for value in values for part in value.split(",")]
+    return list(dict.fromkeys(counts))
+
+
+def engine_options(**values: Any) -> EngineOptions:
+    """Engine options from those that were given; None means the engine's own default."""
+    from skimp.engine.options import EngineOptions
+
+    context = values.get("max_context")
+    if isinstance(context, str):
+        values["max_context"] = parse_count(context, "max_context")
+    return EngineOptions(**{k: v for k, v in values.items() if v is not None})

@@ -1,0 +1,205 @@
+"""Measures the machine at hand, in a second or two, and remembers the answer.
+
+Figures are the best of several passes: a ceiling is what the machine can do undisturbed. They are
+kept in ``$XDG_CACHE_HOME/skimp`` (``~/.cache/skimp``) under a key of processor, threads and
+versions; a file that cannot be read or written only costs a new measurement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from skimp.cost.hardware import Curve, Hardware, Overheads
+
+_FORMAT = 3  # of the file; raise it whenever what is measured changes
+
+
+def cache_dir() -> Path:
+    """Where measurements are kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "skimp"
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown processor"
+
+
+def total_memory() -> int:
+    """Bytes of memory; the control group's limit where that is smaller."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        total = 8 << 30
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit.isdigit():
+            total = min(total, int(limit))
+    except OSError:
+        pass
+    return total
+
+
+def this_machine(
+    *, threads: int | None = None, device: str = "cpu", fresh: bool = False
+) -> Hardware:
+    """The machine at hand, measured now or read from an earlier measurement."""
+    import torch
+
+    import skimp
+
+    if device != "cpu":
+        return _gpu(device)
+    threads = torch.get_num_threads() if threads is None else threads
+    key = (_FORMAT, skimp.__version__, torch.__version__, cpu_model(), os.cpu_count(), threads)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    path = cache_dir() / f"hardware-{digest}.json"
+    if not fresh:
+        try:
+            return Hardware.from_dict(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    hardware = measure(threads=threads)
+    save_json(path, hardware.as_dict())
+    return hardware
+
+
+def save_json(path: Path, data: object) -> None:
+    """Writes atomically; a directory that cannot be written is not an error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(data, file)
+        Path(file.name).replace(path)
+    except OSError:
+        pass
+
+
+def measure(*, threads: int) -> Hardware:
+    """Bandwidth by working set, matrix rates by dtype and rows, and the cost of dispatch."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            curve = _bandwidth_curve()
+            rates = {name: _matrix_rates(name) for name in ("float32", "bfloat16", "float16")}
+            attention = _attention_rate()
+            dispatch = _dispatch_s()
+    finally:
+        torch.set_num_threads(before)
+    return Hardware(
+        name="this",
+        kind="cpu",
+        source="measured",
+        note=f"{cpu_model()}, {threads} threads, torch {torch.__version__}",
+        bandwidth_gb_s=curve[-1][1],
+        bandwidth_curve=curve,
+        matrix_tflops=rates,
+        attention_tflops=attention,
+        memory_bytes=float(total_memory()),
+        # A layer through PyTorch is some 25 operators; a step's bookkeeping some 50 more.
+        overheads=Overheads(step_s=50 * dispatch, layer_s=25 * dispatch, sequence_s=10 * dispatch),
+        threads=threads,
+    )
+
+
+def best_s(run: Callable[[], object], *, seconds: float, at_least: int = 3) -> float:
+    """Shortest time of one ``run()``, tried for about ``seconds``."""
+    run()
+    best, spent, done = float("inf"), 0.0, 0
+    while done < at_least or spent < seconds:
+        start = time.perf_counter()
+        run()
+        took = time.perf_counter() - start
+        best, spent, done = min(best, took), spent + took, done + 1
+    return best
+
+
+def _bandwidth_curve() -> Curve:
+    import torch
+
+    # The last buffer must not fit any cache; hosts of half a gigabyte of shared cache exist.
+    largest = min(1 << 30, total_memory() // 8)
+    sizes = [1 << k for k in range(18, 31, 2) if 1 << k <= largest]
+    buffer = torch.ones(sizes[-1] // 4)
+    points = []
+    for size in sizes:
+        part = buffer[: size // 4]
+        repeat = max(1, (4 << 20) // size)  # long enough for the clock
+
+        def read(part: torch.Tensor = part, repeat: int = repeat) -> None:
+            for _ in range(repeat):
+                part.sum()
+
+        points.append((float(size), size * repeat / best_s(read, seconds=0.06) / 1e9))
+    # A larger set is never faster but for noise: smooth from the far end.
+    smooth: list[tuple[float, float]] = []
+    for reach, gb_s in reversed(points):
+        smooth.append((reach, max(gb_s, smooth[-1][1]) if smooth else gb_s))
+    return tuple(reversed(smooth))
+
+
+def _matrix_rates(dtype: str) -> Curve:
+    import torch
+
+    kind = getattr(torch, dtype)
+    width = 512  # half a megabyte of bf16: the weights stay in a core's cache
+    weight = torch.randn(width, width).to(kind)
+    points: list[tuple[float, float]] = []
+    for rows in (1, 4, 8, 16, 32, 128, 512):
+        x = torch.randn(rows, width).to(kind)
+        took = best_s(partial(torch.nn.functional.linear, x, weight), seconds=0.01)
+        points.append((float(rows), 2 * rows * width * width / took / 1e12))
+        if took > 0.05:  # a reference kernel (fp16 on many CPUs): more rows would not be faster
+            break
+    return tuple(points)
+
+
+def _attention_rate() -> float:
+    import torch
+
+    q = torch.randn(1, 8, 256, 64)
+    took = best_s(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q), seconds=0.03)
+    return 4 * 8 * 256 * 256 * 64 / took / 1e12
+
+
+def _dispatch_s() -> float:
+    import torch
+
+    x = torch.ones(16)
+
+    def run() -> None:
+        for _ in range(100):
+            x + x
+
+    return best_s(run, seconds=0.02) / 100
+
+
+def _gpu(device: str) -> Hardware:
+    """The named machine that the device's name mentions; ValueError if none does."""
+    import torch
+
+    from skimp.cost.hardware import named_hardware
+
+    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "no GPU"
+    compact = name.lower().replace(" ", "")
+    for key, hardware in named_hardware().items():
+        if hardware.kind == "gpu" and key in compact:
+            return hardware
+    raise ValueError(f"device: no figures are known for {name}; name one with --hardware")

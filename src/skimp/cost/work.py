@@ -1,0 +1,399 @@
+"""What a step of a model touches and computes: bytes and operations, and nothing about time.
+
+One function, :func:`step_cost`, serves prefill, generation and everything between: a step is a
+list of :class:`SequenceStep`, each saying how many tokens the sequence holds once the step is done
+and how many of them are new.
+
+Rules of the count:
+
+* a matrix is read once a step, whatever the number of rows;
+* the embedding table is read one row a token, the output matrix (tied or not) whole, and only if
+  some row wants logits;
+* rows of one sequence share one read of its past (what blocked attention does), new keys and
+  values are written once and are part of the past that is read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from skimp.cache.spec import CacheSpec
+from skimp.model.spec import LayerSpec, ModelSpec
+
+Kind = Literal["matmul", "attention"]
+
+_ITEM_BYTES = (
+    ("float32", 4),
+    ("bfloat16", 2),
+    ("float16", 2),
+    ("fp8", 1),
+    ("int8", 1),
+)
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one number of ``dtype``. Raises ValueError on a name it does not know."""
+    for name, size in _ITEM_BYTES:
+        if name == dtype:
+            return size
+    known = ", ".join(name for name, _ in _ITEM_BYTES)
+    raise ValueError(f"dtype: {dtype!r} is not one of {known}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixWork:
+    """One weight matrix. ``bits`` are those read per weight, scales and zero points included."""
+
+    name: str
+    term: str  # the line it adds to in a breakdown
+    in_features: int
+    out_features: int
+    bits: float
+    head: bool = False  # multiplied only by the rows whose logits are wanted
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+    @property
+    def bytes(self) -> float:
+        return self.weights * self.bits / 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixerWork:
+    """One layer's mixing of positions: its cache, and operations per (query, key) pair."""
+
+    cache: CacheSpec
+    flops_per_pair: int
+    flops_per_token: int = 0  # of a recurrent state
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelWork:
+    """A model as the cost functions see it. Shortcuts are transformations of this object."""
+
+    name: str
+    matrices: tuple[MatrixWork, ...]
+    mixers: tuple[MixerWork, ...]
+    embedding_rows: int
+    embedding_row_bytes: float
+    tied: bool  # the embedding table is the output matrix and is stored once
+    vector_bytes: int  # norms and biases, read every step
+    activation_bytes: int  # per activation number
+    compute_dtype: str
+    max_positions: int
+
+    @property
+    def resident_weight_bytes(self) -> float:
+        """Bytes of the weights in memory: everything once, the embedding table included."""
+        table = 0.0 if self.tied else self.embedding_rows * self.embedding_row_bytes
+        return sum(m.bytes for m in self.matrices) + table + self.vector_bytes
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What one more token adds to the cache while no window is full."""
+        return sum(m.cache.bytes_per_token for m in self.mixers)
+
+    def cache_bytes(self, context: int, *, page_tokens: int = 1) -> int:
+        """Cache bytes that a sequence of ``context`` tokens holds, in whole pages."""
+        total = 0
+        for mixer in self.mixers:
+            spec = mixer.cache
+            held = context
+            if spec.horizon is not None and context > spec.horizon:
+                # A window that slides over page borders touches one page more than it fills.
+                held = min(context, spec.horizon + (page_tokens if page_tokens > 1 else 0))
+            pages = -(-held // page_tokens)
+            total += pages * page_tokens * spec.bytes_per_token + spec.bytes_per_sequence
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceStep:
+    """One sequence's part in a step.
+
+    ``context`` counts the tokens it holds when the step is done, the ``tokens`` new ones included
+    (the convention of :meth:`CacheSpec.bytes_read`). ``logits`` rows go through the output matrix:
+    1 to generate, 0 in the middle of a prompt, ``tokens`` to check a draft.
+    """
+
+    context: int
+    tokens: int = 1
+    logits: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"tokens: a step of a sequence needs at least 1, not {self.tokens}")
+        if self.context < self.tokens:
+            raise ValueError(f"context: {self.context} is less than its {self.tokens} new tokens")
+        if not 0 <= self.logits <= self.tokens:
+            raise ValueError(f"logits: {self.logits} of {self.tokens} rows")
+
+
+def uniform(batch: int, context: int, *, tokens: int = 1, logits: int = 1) -> list[SequenceStep]:
+    """``batch`` sequences alike."""
+    if batch < 1:
+        raise ValueError(f"batch: at least 1, not {batch}")
+    return [SequenceStep(context=context, tokens=tokens, logits=logits)] * batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One line of a step's bill. Bytes and floating-point operations (a multiply-add is two)."""
+
+    name: str
+    kind: Kind
+    weight_bytes: float = 0.0
+    cache_read_bytes: float = 0.0
+    cache_write_bytes: float = 0.0
+    activation_bytes: float = 0.0
+    flops: float = 0.0
+    rows: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """Bytes and operations of one step. All of it is the sum of ``terms``."""
+
+    terms: tuple[Term, ...]
+    sequences: int
+    rows: int
+    logit_rows: int
+    layers: int
+    vocab_size: int
+    compute_dtype: str
+
+    @property
+    def weight_bytes(self) -> float:
+        return sum(t.weight_bytes for t in self.terms)
+
+    @property
+    def cache_read_bytes(self) -> float:
+        return sum(t.cache_read_bytes for t in self.terms)
+
+    @property
+    def cache_write_bytes(self) -> float:
+        return sum(t.cache_write_bytes for t in self.terms)
+
+    @property
+    def activation_bytes(self) -> float:
+        return sum(t.activation_bytes for t in self.terms)
+
+    @property
+    def bytes_read(self) -> float:
+        """Weights and cache: the numerator of the fraction, and of every "limit" we quote."""
+        return self.weight_bytes + self.cache_read_bytes
+
+    @property
+    def matmul_flops(self) -> float:
+        return sum(t.flops for t in self.terms if t.kind == "matmul")
+
+    @property
+    def attention_flops(self) -> float:
+        return sum(t.flops for t in self.terms if t.kind == "attention")
+
+    @property
+    def flops(self) -> float:
+        return self.matmul_flops + self.attention_flops
+
+
+def model_work(
+    spec: ModelSpec,
+    caches: Sequence[CacheSpec],
+    *,
+    dtype: str | None = None,
+    bits: Mapping[str, float] | None = None,
+) -> ModelWork:
+    """The work of a model, from its spec and its layers' own cache specs, in order.
+
+    ``dtype`` (the checkpoint's by default) is that of dense weights and arithmetic.
+    ``bits`` overrides the bits per weight of matrices whose name matches a shell pattern, such as
+    ``{"layers.*": 4.125, "lm_head": 16}``; the first match counts, and a pattern that matches
+    nothing is refused. Matrices are named ``layers.<i>.mixer.{q,k,v,o}_proj``,
+    ``layers.<i>.ffn.{gate,up,down}_proj`` and ``lm_head``; ``embed_tokens`` sets the bits of
+    an untied table.
+    """
+    dtype = spec.dtype if dtype is None else dtype
+    dense_bits = 8.0 * item_bytes(dtype)
+    overrides = dict(bits or {})
+    used: set[str] = set()
+
+    def bits_of(name: str) -> float:
+        for pattern, value in overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                if value <= 0:
+                    raise ValueError(f"bits: {pattern!r} is given {value} bits")
+                used.add(pattern)
+                return float(value)
+        return dense_bits
+
+    if len(caches) != spec.num_layers:
+        raise ValueError(f"caches: {len(caches)} cache specs for {spec.num_layers} layers")
+
+    matrices: list[MatrixWork] = []
+    vectors = spec.hidden_size  # the final norm
+    for i, layer in enumerate(spec.layers):
+        for name, term, n_in, n_out in _layer_shapes(spec, layer):
+            full = f"layers.{i}.{name}"
+            matrices.append(
+                MatrixWork(
+                    name=full, term=term, in_features=n_in, out_features=n_out, bits=bits_of(full)
+                )
+            )
+        vectors += _vector_numbers(spec, layer)
+    head_bits = bits_of("lm_head")
+    matrices.append(
+        MatrixWork(
+            name="lm_head",
+            term="output matrix",
+            in_features=spec.hidden_size,
+            out_features=spec.vocab_size,
+            bits=head_bits,
+            head=True,
+        )
+    )
+    table_bits = head_bits if spec.tie_embeddings else bits_of("embed_tokens")
+    unused = [pattern for pattern in overrides if pattern not in used]
+    if unused:
+        raise ValueError(f"bits: {unused[0]!r} matches no matrix of this model")
+    return ModelWork(
+        name=spec.family,
+        matrices=tuple(matrices),
+        mixers=tuple(
+            MixerWork(cache=cache, flops_per_pair=4 * layer.mixer.q_dim)
+            for layer, cache in zip(spec.layers, caches)
+        ),
+        embedding_rows=spec.vocab_size,
+        embedding_row_bytes=spec.hidden_size * table_bits / 8,
+        tied=spec.tie_embeddings,
+        vector_bytes=vectors * 4,  # norms are kept in float32
+        activation_bytes=item_bytes(dtype),
+        compute_dtype=dtype,
+        max_positions=spec.max_positions,
+    )
+
+
+def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
+    """Bytes and operations of one step over ``batch``."""
+    steps = list(batch)
+    if not steps:
+        raise ValueError("batch: a step needs at least one sequence")
+    counts: dict[SequenceStep, int] = {}
+    for step in steps:
+        counts[step] = counts.get(step, 0) + 1
+    rows = sum(s.tokens for s in steps)
+    logit_rows = sum(s.logits for s in steps)
+
+    by_term: dict[str, list[MatrixWork]] = {}
+    for matrix in work.matrices:
+        if not matrix.head or logit_rows:
+            by_term.setdefault(matrix.term, []).append(matrix)
+    terms = [
+        Term(
+            name="embedding, norms",
+            kind="matmul",
+            weight_bytes=rows * work.embedding_row_bytes + work.vector_bytes,
+            rows=rows,
+        )
+    ]
+    for name, group in by_term.items():
+        n = logit_rows if group[0].head else rows
+        io = sum(m.in_features + m.out_features for m in group)
+        terms.append(
+            Term(
+                name=name,
+                kind="matmul",
+                weight_bytes=sum(m.bytes for m in group),
+                activation_bytes=float(n * io * work.activation_bytes),
+                flops=2.0 * n * sum(m.weights for m in group),
+                rows=n,
+            )
+        )
+    by_mixer: dict[MixerWork, int] = {}
+    for mixer in work.mixers:
+        by_mixer[mixer] = by_mixer.get(mixer, 0) + 1
+    read = {"attention, whole past": 0.0, "attention, window": 0.0, "state": 0.0}
+    wrote = dict.fromkeys(read, 0.0)
+    flops = dict.fromkeys(read, 0.0)
+    for mixer, layers in by_mixer.items():
+        cache = mixer.cache
+        if cache.bytes_per_token == 0:
+            name = "state"
+        else:
+            name = "attention, whole past" if cache.horizon is None else "attention, window"
+        for step, count in counts.items():
+            n = layers * count
+            read[name] += n * _cache_read(cache, step)
+            wrote[name] += n * (step.tokens * cache.bytes_per_token + cache.bytes_per_sequence)
+            flops[name] += n * (
+                mixer.flops_per_pair * _pairs(step, cache.horizon)
+                + mixer.flops_per_token * step.tokens
+            )
+    terms += [
+        Term(
+            name=name,
+            kind="attention",
+            cache_read_bytes=read[name],
+            cache_write_bytes=wrote[name],
+            flops=flops[name],
+            rows=rows,
+        )
+        for name in read
+        if read[name] or flops[name]
+    ]
+    return StepCost(
+        terms=tuple(terms),
+        sequences=len(steps),
+        rows=rows,
+        logit_rows=logit_rows,
+        layers=len(work.mixers),
+        vocab_size=work.embedding_rows,
+        compute_dtype=work.compute_dtype,
+    )
+
+
+def _cache_read(cache: CacheSpec, step: SequenceStep) -> float:
+    """Bytes of the union of what the step's rows see: the first of them reaches furthest back."""
+    if cache.horizon is None:
+        return cache.bytes_read(step.context)
+    tokens = min(step.context, cache.horizon + step.tokens - 1)
+    return tokens * cache.bytes_per_token + cache.bytes_per_sequence
+
+
+def _pairs(step: SequenceStep, horizon: int | None) -> int:
+    """(query, key) pairs under the causal mask: query at position p sees p + 1 keys, or horizon."""
+    first = step.context - step.tokens + 1  # keys that the first new row sees, unwindowed
+    if horizon is None or step.context <= horizon:
+        return (first + step.context) * step.tokens // 2
+    growing = max(0, horizon - first + 1)  # rows whose past is still shorter than the window
+    return (first + first + growing - 1) * growing // 2 + (step.tokens - growing) * horizon
+
+
+def _layer_shapes(spec: ModelSpec, layer: LayerSpec) -> list[tuple[str, str, int, int]]:
+    hidden, mixer, inner = spec.hidden_size, layer.mixer, layer.ffn.intermediate_size
+    projections, ffn = "attention projections", "feed-forward"
+    return [
+        ("mixer.q_proj", projections, hidden, mixer.q_dim),
+        ("mixer.k_proj", projections, hidden, mixer.kv_dim),
+        ("mixer.v_proj", projections, hidden, mixer.kv_dim),
+        ("mixer.o_proj", projections, mixer.q_dim, hidden),
+        ("ffn.gate_proj", ffn, hidden, inner),
+        ("ffn.up_proj", ffn, hidden, inner),
+        ("ffn.down_proj", ffn, inner, hidden),
+    ]
+
+
+def _vector_numbers(spec: ModelSpec, layer: LayerSpec) -> int:
+    """Numbers in a layer's norms, biases and sinks."""
+    mixer, ffn = layer.mixer, layer.ffn
+    total = spec.hidden_size * (4 if layer.post_norms else 2)
+    total += 2 * mixer.head_dim if mixer.qk_norm else 0
+    total += mixer.q_dim + 2 * mixer.kv_dim if mixer.qkv_bias else 0
+    total += spec.hidden_size if mixer.out_bias else 0
+    total += mixer.num_heads if mixer.sinks else 0
+    total += 2 * ffn.intermediate_size + spec.hidden_size if ffn.bias else 0
+    return total

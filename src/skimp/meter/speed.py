@@ -1,0 +1,246 @@
+"""Measures prefill and generation through the engine, and sets the prediction beside each figure.
+
+A case is a batch and a context. One round of it:
+
+1. ``batch`` fresh prompts of ``context`` random tokens are answered with one token each: prefill.
+2. The same prompts come again (the prefix tree makes their second prefill cheap; without one they
+   are simply computed again). Once every sequence is generating, whole steps are timed one by one.
+
+Rounds of all cases are interleaved, so that a slow minute of a shared machine hits every case.
+Random prompts would flatter or ruin speculation, whose speed depends on the text; here no token is
+drafted and the time of a step does not depend on which tokens it reads.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from skimp.cost import Hardware, ModelWork, SequenceStep, predict, step_cost
+from skimp.meter.work import engine_threads, engine_work
+
+if TYPE_CHECKING:
+    from skimp.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is timed: ``new_tokens`` steps of ``batch`` sequences from ``context`` tokens on."""
+
+    batch: int
+    context: int
+    new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "context", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of one case, in seconds; ``contexts`` are those half-way through the steps."""
+
+    prefill_s: float
+    step_s: tuple[float, ...]
+    contexts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedResult:
+    """A case's figures over its rounds. ``spread`` is (slowest - fastest) / median of rounds."""
+
+    case: Case
+    device: str
+    dtype: str
+    backend: str
+    threads: int
+    hardware: str
+    ms_per_step: float
+    spread: float
+    prefill_tokens_per_s: float
+    prefill_spread: float
+    rounds: int
+    samples: int
+    contexts: tuple[int, ...]
+    bytes_per_step: float
+    bandwidth_gb_s: float
+    limit_ms: float
+    predicted_ms: float
+    predicted_prefill_tokens_per_s: float
+    bound: str
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.case.batch / self.ms_per_step * 1e3
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``; ``bandwidth_gb_s`` is what the limit divides by, ``achieved_gb_s`` what
+        the steps moved."""
+        return {
+            "batch": self.case.batch,
+            "context": self.case.context,
+            "device": self.device,
+            "dtype": self.dtype,
+            "ms_per_step": self.ms_per_step,
+            "tokens_per_s": self.tokens_per_s,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "bytes_per_step": round(self.bytes_per_step),
+            "bandwidth_gb_s": self.bandwidth_gb_s,
+            "limit_ms": self.limit_ms,
+            "fraction_of_limit": self.limit_ms / self.ms_per_step,
+            "predicted_ms": self.predicted_ms,
+            "predicted_prefill_tokens_per_s": self.predicted_prefill_tokens_per_s,
+            "achieved_gb_s": self.bytes_per_step / self.ms_per_step / 1e6,
+            "bound": self.bound,
+            "spread": self.spread,
+            "prefill_spread": self.prefill_spread,
+            "rounds": self.rounds,
+            "samples": self.samples,
+            "new_tokens": self.case.new_tokens,
+            "mean_context": statistics.fmean(self.contexts),
+            "backend": self.backend,
+            "threads": self.threads,
+            "hardware": self.hardware,
+        }
+
+
+def bench(
+    engine: Engine,
+    cases: Sequence[Case],
+    hardware: Hardware,
+    *,
+    rounds: int = 5,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[SpeedResult]:
+    """Times every case ``rounds`` times, after one round that does not count.
+
+    Raises ValueError if a case does not fit the engine's context or batch.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: at least 1, not {rounds}")
+    if not cases:
+        raise ValueError("batch: no case to time")
+    rng = random.Random(seed)
+    measured: list[list[Round]] = [[] for _ in cases]
+    for index in range(rounds + 1):
+        for case, found in zip(cases, measured):
+            if progress is not None:
+                what = "warm-up" if index == 0 else f"round {index} of {rounds}"
+                progress(f"batch {case.batch}, context {case.context}: {what}")
+            result = _round(engine, case, rng)
+            if index:
+                found.append(result)
+    work = engine_work(engine)
+    return [_result(engine, work, hardware, c, r) for c, r in zip(cases, measured)]
+
+
+def random_prompt(rng: random.Random, vocab_size: int, length: int) -> list[int]:
+    """Ids drawn evenly, the first tenth of the vocabulary left out: special tokens live there."""
+    low = min(vocab_size // 10, 256)
+    return [rng.randrange(low, vocab_size) for _ in range(length)]
+
+
+def _round(engine: Engine, case: Case, rng: random.Random) -> Round:
+    from skimp.decoding.params import SamplingParams
+
+    prompts = [random_prompt(rng, engine.spec.vocab_size, case.context) for _ in range(case.batch)]
+    first = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    start = time.perf_counter()
+    engine.generate(list(prompts), first)
+    prefill_s = time.perf_counter() - start
+
+    # Sequences start a few steps apart; each may run until the last one has been timed.
+    params = SamplingParams(max_tokens=None, temperature=0.0, ignore_eos=True)
+    ids = [engine.add_request(prompt, params) for prompt in prompts]
+    lengths = dict.fromkeys(ids, 0)
+    times: list[float] = []
+    middle: tuple[int, ...] = ()
+    try:
+        while len(times) < case.new_tokens:
+            generating = all(lengths.values())
+            start = time.perf_counter()
+            outputs = engine.step()
+            took = time.perf_counter() - start
+            for output in outputs:
+                if output.request_id not in lengths:
+                    continue
+                lengths[output.request_id] = len(output.outputs[0].token_ids)
+                if output.finished:
+                    raise ValueError(
+                        f"context: {case.context} and {case.new_tokens} new tokens do not fit "
+                        "the engine's longest context"
+                    )
+            if generating:
+                times.append(took)
+                if len(times) == (case.new_tokens + 1) // 2:
+                    middle = tuple(case.context + n for n in lengths.values())
+    finally:
+        for request_id in ids:
+            engine.abort(request_id)
+        while engine.has_unfinished():  # hands out what the aborts left
+            engine.step()
+    return Round(prefill_s=prefill_s, step_s=tuple(times), contexts=middle)
+
+
+def _result(
+    engine: Engine, work: ModelWork, hardware: Hardware, case: Case, rounds: list[Round]
+) -> SpeedResult:
+    medians = [statistics.median(r.step_s) * 1e3 for r in rounds]
+    ms = statistics.median(medians)
+    prefill = [case.batch * case.context / r.prefill_s for r in rounds]
+    contexts = rounds[0].contexts
+    cost = step_cost(work, [SequenceStep(context=c) for c in contexts])
+    time_ = predict(cost, hardware)
+    prefill_s = predict_prefill(work, hardware, case, engine.options.token_budget)
+    return SpeedResult(
+        case=case,
+        device=engine.options.device,
+        dtype=work.compute_dtype,
+        backend=engine.backend_name,
+        threads=engine_threads(engine),
+        hardware=hardware.note,
+        ms_per_step=ms,
+        spread=(max(medians) - min(medians)) / ms,
+        prefill_tokens_per_s=statistics.median(prefill),
+        prefill_spread=(max(prefill) - min(prefill)) / statistics.median(prefill),
+        rounds=len(rounds),
+        samples=sum(len(r.step_s) for r in rounds),
+        contexts=contexts,
+        bytes_per_step=cost.bytes_read,
+        bandwidth_gb_s=hardware.limit_bandwidth(cost),
+        limit_ms=hardware.limit_s(cost) * 1e3,
+        predicted_ms=time_.seconds * 1e3,
+        predicted_prefill_tokens_per_s=case.batch * case.context / prefill_s,
+        bound=time_.bound,
+    )
+
+
+def predict_prefill(work: ModelWork, hardware: Hardware, case: Case, token_budget: int) -> float:
+    """Seconds to prefill a case in steps of at most ``token_budget`` tokens, prompts in order."""
+    total, room = 0.0, token_budget
+    step: list[SequenceStep] = []
+
+    def flush() -> None:
+        nonlocal total, room, step
+        if step:
+            total += predict(step_cost(work, step), hardware).seconds
+        step, room = [], token_budget
+
+    for _ in range(case.batch):
+        done = 0
+        while done < case.context:
+            count = min(room, case.context - done)
+            done += count
+            room -= count
+            last = int(done == case.context)
+            step.append(SequenceStep(context=done, tokens=count, logits=last))
+            if not room:
+                flush()
+    flush()
+    return total
