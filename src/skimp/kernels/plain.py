@@ -81,7 +81,7 @@ class PlainOps:
                 biases = [linear.bias for linear in linears if linear.bias is not None]
                 matrix.bias = torch.cat([bias.detach() for bias in biases])
             if self._prepacks(fused, layout):
-                fused = torch.ops.mkldnn._reorder_linear_weight(fused.to_mkldnn(), None)
+                fused = torch.ops.mkldnn._reorder_linear_weight(fused.contiguous(), None)
                 matrix.onednn = True
             matrix.fused = fused
         if layout != "table":
