@@ -7,13 +7,20 @@ them. The command line prints the message alone and exits with code 2; anything 
 
 from __future__ import annotations
 
+LONGEST = 1000  # characters of a message
+
 
 class SkimpError(ValueError):
     """Something the user gave cannot be honoured; the message is one line."""
 
     def __init__(self, message: str) -> None:
-        # A foreign message quoted inside ours may span lines; a log or a terminal wants one.
-        super().__init__(" ".join(message.split()))
+        # Quoted names and messages come from files: one line, no control characters, no flood.
+        text = "".join(c if c.isprintable() else _escaped(c) for c in " ".join(message.split()))
+        super().__init__(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 class ConfigError(SkimpError):

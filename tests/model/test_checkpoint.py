@@ -370,6 +370,14 @@ def test_never_laxer_than_the_safetensors_library(model: Path) -> None:
     assert accepted > 5  # a letter of a name may change
 
 
+def test_names_from_files_cannot_flood_or_steer_a_terminal(model: Path) -> None:
+    tensors(model, lambda t: t.update({"\x1b[2J\n" + "a" * 10**6: torch.ones(1)}))
+    with pytest.raises(CheckpointError) as caught:
+        load_decoder(model)
+    assert len(str(caught.value)) < 1100 and str(caught.value).isprintable()
+    assert str(CheckpointError("a\x1b[0m\n\udc80")) == "a\\x1b[0m \\udc80"
+
+
 def test_stop_tokens(model: Path) -> None:
     spec = load_spec(model)
     assert stop_token_ids(model, spec) == spec.eos_token_ids == (2,)

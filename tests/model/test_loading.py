@@ -116,7 +116,7 @@ print(json.dumps({"weights": weights, "loaded": loaded, "peak": peak}))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("shard_bytes", [10**10, 20 * 10**6])
+@pytest.mark.parametrize("shard_bytes", [10**10, 10 * 10**6])
 def test_packing_never_needs_two_copies(shard_bytes: int, tmp_path: Path) -> None:
     """A backend that packs one matrix after another peaks below 1.3 times the weights, counting
     anonymous and file pages together; loading alone touches next to nothing."""
@@ -124,7 +124,7 @@ def test_packing_never_needs_two_copies(shard_bytes: int, tmp_path: Path) -> Non
         "vocab_size": 4096,
         "hidden_size": 512,
         "intermediate_size": 2048,
-        "num_hidden_layers": 12,
+        "num_hidden_layers": 6,
         "head_dim": 64,
     }
     for name, config in (("big", wide), ("small", CONFIG)):
@@ -138,7 +138,7 @@ def test_packing_never_needs_two_copies(shard_bytes: int, tmp_path: Path) -> Non
         check=True,
     )
     figures = json.loads(run.stdout)
-    assert figures["weights"] > 80 * 10**6
+    assert figures["weights"] > 40 * 10**6
     assert figures["loaded"] < 0.1 * figures["weights"], figures
     assert figures["peak"] < 1.3 * figures["weights"], figures
 

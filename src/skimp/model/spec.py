@@ -19,7 +19,8 @@ class RopeSpec:
     """Rotary position embedding (Su et al. 2021), half-split layout unless ``interleaved``.
 
     ``scaling`` is None or the Hugging Face ``rope_scaling`` parameters, normalised by the family
-    so that ``scaling["rope_type"]`` is one of ``linear``, ``llama3``, ``yarn``.
+    so that ``scaling["rope_type"]`` is one of ``linear``, ``llama3``, ``yarn``, ``dynamic`` and
+    every default is filled in.
     """
 
     theta: float

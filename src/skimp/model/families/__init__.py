@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 from skimp.errors import ConfigError
+from skimp.model.families.reader import shown
 from skimp.model.spec import ModelSpec
 
 MODEL_TYPES = ("cwm", "gemma2", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -41,7 +42,7 @@ def family(model_type: str) -> Family:
     """The family module of a ``model_type``, imported on first use."""
     if model_type not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
-        raise ConfigError(f"model_type={model_type!r} is not supported (known: {known})")
+        raise ConfigError(f"model_type={shown(model_type)} is not supported (known: {known})")
     module = importlib.import_module(f"{__name__}.{model_type}")
     return cast(Family, module)
 
@@ -50,7 +51,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     """The family a config names."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise ConfigError(f"model_type must be a string, got {model_type!r}")
+        raise ConfigError(f"model_type must be a string, got {shown(model_type)}")
     return family(model_type)
 
 

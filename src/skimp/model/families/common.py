@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final
 
-from skimp.errors import ConfigError
+from skimp.errors import ConfigError, SkimpWarning
 from skimp.model.families.reader import REQUIRED, ConfigReader, shown
 from skimp.model.spec import (
     Activation,
@@ -271,7 +272,9 @@ def checked(
     config: dict[str, Any], spec: ModelSpec, to_spec: Callable[[Mapping[str, Any]], ModelSpec]
 ) -> dict[str, Any]:
     """The config, if reading it back gives the spec; else the class cannot express the spec."""
-    difference = first_difference(spec, to_spec(config), "")
+    with warnings.catch_warnings():  # given when the source was read
+        warnings.simplefilter("ignore", SkimpWarning)
+        difference = first_difference(spec, to_spec(config), "")
     if difference is not None:
         raise ConfigError(f"model_type={spec.family!r} cannot express the spec: {difference}")
     return config

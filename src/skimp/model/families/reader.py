@@ -174,7 +174,8 @@ class ConfigReader:
 
 def shown(value: Any) -> str:
     """A value short enough for a message."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
-        return "a huge integer"  # str() of it could be slow, or refused by Python
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to spell out integers of thousands of digits
+        return "a huge integer" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
