@@ -11,7 +11,6 @@ from tiny_models import random_requests, tiny_decoder
 from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
 
-
 BASE = EngineOptions(
     deterministic=True, max_batch=32, prefix_cache=False, token_budget=512, threads=1
 )

@@ -43,7 +43,11 @@ class StepBuffers:
         def ints(*shape: int) -> np.ndarray:
             return np.zeros(shape, dtype=np.int32)
 
-        self.token_ids, self.positions, self.row_seq = ints(max_rows), ints(max_rows), ints(max_rows)
+        self.token_ids, self.positions, self.row_seq = (
+            ints(max_rows),
+            ints(max_rows),
+            ints(max_rows),
+        )
         self.kv_end, self.seq_starts = ints(max_rows), ints(max_seqs + 1)
         self.logit_rows = ints(max_logits)
         self.tables = [

@@ -121,11 +121,10 @@ class Sequence:
         self.sampling = sampling
         self.output = output
         self.cache: CacheSequence | None = None
+        self.num_reused = 0  # prompt tokens that the prefix cache held at admission
         self.forked = index > 0  # sample 0 stands for the others until the prompt is done
         self.text = ""
-        self.logprobs: list[TokenLogprobs] | None = (
-            None if request.params.logprobs is None else []
-        )
+        self.logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
 
     @property

@@ -84,7 +84,8 @@ class Decoder(nn.Module):
             if rope is not None and rope not in tables:
                 cos, sin = rope_tables(rope, max_positions or self.spec.max_positions)
                 tables[rope] = (cos.to(device), sin.to(device))
-            layer.mixer.bind(ops, tables.get(rope) if rope else None, caches and caches[index])
+            cache = None if caches is None else caches[index]
+            layer.mixer.bind(ops, None if rope is None else tables[rope], cache)
             layer.ffn.bind(ops)
         if self.spec.tie_embeddings:
             self._head: Any = ops.pack((self.embed_tokens,), "table")

@@ -42,9 +42,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(spec.head_dim, eps=norm_eps, plus_one=norm_plus_one)
         self.sinks = nn.Parameter(torch.empty(spec.num_heads)) if spec.sinks else None
 
-    def bind(
-        self, ops: Ops, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None
-    ) -> None:
+    def bind(self, ops: Ops, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None) -> None:
         """Hand the weights to a backend and fix where this layer's cache lies."""
         self._qkv: Any = ops.pack((self.q_proj, self.k_proj, self.v_proj))
         self._out: Any = ops.pack((self.o_proj,))
