@@ -65,12 +65,10 @@ def build(
     packed = ops.pack([linear])
     with ops.capture(rows, 1, 1) as program:
         inputs = x if normed else x.to(dtype)
-        out = None
         for copy in range(copies):
             panels = packed.panels if copy == 0 else packed.panels.clone()
             matrix = dataclasses.replace(packed, panels=panels)
-            del out
-            out = ops.matmul(inputs, matrix, norm=norm if normed else None)
+            ops.matmul(inputs, matrix, norm=norm if normed else None)
     calls: dict[str, Callable[[], None]] = {"native": lambda: program.run(rows)}
     if onednn:
         cast = x.to(dtype)

@@ -60,7 +60,7 @@ def tiny_decoder(spec: ModelSpec | None = None, seed: int = 0) -> Decoder:
 def random_requests(
     count: int, seed: int, *, max_prompt: int = 800, max_output: int = 24
 ) -> list[tuple[list[int], SamplingParams]]:
-    """Prompts of 1 to ``max_prompt`` tokens, a third with shared prefixes; all kinds of sampling."""
+    """Prompts of 1 to ``max_prompt`` tokens, a third with shared prefixes; sampled in all ways."""
     rng = random.Random(seed)
     stems = [[rng.randrange(1, VOCAB) for _ in range(max_prompt)] for _ in range(4)]
     requests = []

@@ -122,7 +122,8 @@ HOSTILE = [
     "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
     "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "{% set s = 'a' * 10**5 %}{% set x %}{% for i in range(90000) %}{{ s }}{% endfor %}{% endset %}",
+    "{% set s = 'a' * 10**5 %}{% set x %}{% for i in range(90000) %}{{ s }}{% endfor %}"
+    "{% endset %}",
     "{% set x %}{% for i in range(90000) %}" + "y" * 100_000 + "{% endfor %}{% endset %}",
     "{{ 'a'.ljust(10**9) }}",
     "{{ 'a'.center(10**9) }}",

@@ -25,7 +25,7 @@ def random_engine(config: str, options: EngineOptions, *, seed: int = 0) -> Engi
     from skimp.model.loading import random_decoder
 
     spec = config_spec(Path(config))
-    dtype = options.dtype
+    dtype: str = options.dtype
     if dtype == "auto":
         dtype = "float32" if spec.dtype == "float16" else _float_name(spec.dtype)
     decoder = random_decoder(spec, seed=seed, dtype=dtype)

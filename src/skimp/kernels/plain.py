@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -254,7 +255,7 @@ def _sequences(
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """For each sequence of the step: its rows, the keys and values they may see, positions."""
     starts = step.seq_starts.tolist()
-    for first, last in zip(starts[:-1], starts[1:]):
+    for first, last in itertools.pairwise(starts):
         rows = slice(first, last)
         if step.arena is None:
             yield rows, k_RGK[rows], v_RGK[rows], step.positions[rows]
