@@ -62,5 +62,5 @@ def law(
                 break
         keep = keep[:size]
     keep = [t for t in keep if p[t] >= min_p]
-    total = math.fsum(p[t] for t in keep)
-    return [p[t] / total if t in set(keep) else 0.0 for t in range(len(x))]
+    total, left = math.fsum(p[t] for t in keep), set(keep)
+    return [p[t] / total if t in left else 0.0 for t in range(len(x))]

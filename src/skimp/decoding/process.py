@@ -32,11 +32,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from skimp.decoding.params import SamplingParams
 from skimp.decoding.rows import RowState
 
 _NEG_INF = float("-inf")
-_FIRST_WIDTH = 64  # columns tried first for top-p: most nuclei are smaller
-_SECOND_WIDTH = 1024  # beyond that a full sort costs less than another partial one
+_FIRST_WIDTH = 1024  # columns tried first: most nuclei are smaller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,12 @@ def _weights(logits: Tensor, top: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Steps 4-7: float64 [S, V]. The maximum is taken off first, so no temperature overflows."""
     weights = logits.double().sub_(top.double()[:, None])
     if any(row.params.temperature != 1.0 for row in rows):
-        weights.div_(_column([row.params.temperature for row in rows], weights))
+        # a product is faster than a division; 1/T may overflow, and 0 * inf is no number
+        scales = [min(1.0 / row.params.temperature, 1e300) for row in rows]
+        if len(set(scales)) == 1:
+            weights.mul_(scales[0])
+        else:
+            weights.mul_(_column(scales, weights))
     weights.exp_()
     filtered = [s for s, row in enumerate(rows) if row.params.has_filters]
     if filtered:
@@ -201,67 +206,71 @@ def _column(values: list[float], like: Tensor) -> Tensor:
 def _truncate(
     weights: Tensor, logits: Tensor, filtered: list[int], rows: Sequence[RowState]
 ) -> None:
-    """Steps 5-6 in place. The largest ``width`` logits are sorted, more if they do not decide."""
+    """Steps 5-6 in place. The largest ``width`` logits are sorted, all if they do not decide."""
     vocab_size = logits.shape[1]
-    totals = weights.sum(dim=-1).tolist() if any(rows[s].params.top_p < 1 for s in filtered) else []
-    widest = max(rows[s].params.top_k for s in filtered)
+    need_total = any(rows[s].params.top_p < 1.0 for s in filtered)
+    totals = weights.sum(dim=-1).tolist() if need_total else [0.0] * len(rows)
     # one more than k shows whether the k-th has ties beyond it
-    width = min(vocab_size, max(widest + 1, _FIRST_WIDTH))
+    width = max(rows[s].params.top_k for s in filtered) + 1
+    width = min(vocab_size, max(width, _FIRST_WIDTH))
     pending = filtered
     while pending:
         part = logits if len(pending) == len(logits) else logits[pending]
-        highest = part.topk(width, dim=-1)
-        part_weights = weights if len(pending) == len(weights) else weights[pending]
-        values = highest.values.cpu().numpy()
-        masses = part_weights.gather(1, highest.indices).cpu().numpy()
+        values = _largest(part, width)
         undecided = []
         for j, s in enumerate(pending):
-            params = rows[s].params
-            cut = _cut(
-                values[j], masses[j], params.top_k, params.top_p,
-                totals[s] if totals else 0.0, whole=width == vocab_size,
-            )  # fmt: skip
+            cut = _cut(values[j], rows[s].params, totals[s], whole=width == vocab_size)
             if cut is None:
                 undecided.append(s)
             else:
                 _drop(weights[s], logits[s], *cut)
-        pending = undecided
-        width = _SECOND_WIDTH if width < _SECOND_WIDTH < vocab_size else vocab_size
+        pending, width = undecided, vocab_size
+
+
+def _largest(logits: Tensor, width: int) -> NDArray[np.float32]:
+    """The ``width`` largest of each row of [F, V], descending, as numpy [F, width]."""
+    if logits.device.type != "cpu":
+        return logits.topk(width, dim=-1).values.cpu().numpy()
+    # numpy's vector sorts are several times faster than torch.topk on a CPU
+    values, start = logits.numpy(), logits.shape[1] - width
+    if start > 0:
+        values = np.partition(values, start, axis=-1)[:, start:]
+    return np.sort(values, axis=-1)[:, ::-1]
 
 
 def _cut(
-    values: NDArray[np.float32],
-    masses: NDArray[np.float64],
-    top_k: int,
-    top_p: float,
-    total: float,
-    *,
-    whole: bool,
+    values: NDArray[np.float32], params: SamplingParams, total: float, *, whole: bool
 ) -> tuple[float, int | None] | None:
     """Where a row ends: (smallest logit kept, how many of its ties; None for all).
 
-    ``values`` [W] are the row's largest logits in descending order, ``masses`` their weights,
-    ``total`` the weight of the whole row. None when W columns do not decide.
+    ``values`` [W] are the row's largest logits, descending; ``total`` is the weight of the whole
+    row. None when W columns do not decide.
     """
-    count = len(values)
+    top_k, count = params.top_k, len(values)
     limit, ties = _NEG_INF, None
-    if 0 < top_k < count or (top_k == count and whole):
+    ascending = values[::-1]
+    if 0 < top_k <= count:
         limit = float(values[top_k - 1])
         if limit == values[-1] and limit != _NEG_INF and not whole:
             return None
-        count = int(np.searchsorted(-values, -limit, side="right"))
-        total = float(masses[:count].sum())
-    elif top_k > 0 and not whole:
-        return None
-    if top_p < 1.0:
-        mass = masses[:count].cumsum()
-        last = int(np.searchsorted(mass, top_p * total, side="left"))
+        count -= int(np.searchsorted(ascending, limit, side="left"))
+    if params.top_p < 1.0:
+        # float64 before the subtraction, as for the weights themselves
+        scaled = values[:count].astype(np.float64) - float(values[0])
+        scaled *= min(1.0 / params.temperature, 1e300)
+        mass = np.exp(scaled).cumsum()
+        if 0 < top_k <= len(values):
+            total = float(mass[-1])
+        last = int(np.searchsorted(mass, params.top_p * total, side="left"))
         if last >= count:
             if limit == _NEG_INF and not whole:
                 return None
             last = count - 1  # rounding only: the sum fell short of its own total
         limit = float(values[last])
-        ties = last + 1 - int(np.searchsorted(-values, -limit, side="left"))
+        below, upto = (int(np.searchsorted(ascending, limit, side=e)) for e in ("left", "right"))
+        ties = last + 1 - (len(values) - upto)
+        if ties == upto - below and (below > 0 or whole):
+            ties = None  # all of them, and none beyond the W columns
     return limit, ties
 
 
