@@ -27,6 +27,7 @@ def test_every_byte_can_go_to_any_group() -> None:
         spans = sorted((64 * p, 64 * p + size) for p in pages)
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
         assert spans[0][0] > 0 and spans[-1][1] <= a.data.numel() <= a.budget_bytes
+        assert a.data.data_ptr() % 64 == 0
         a.audit()
 
 

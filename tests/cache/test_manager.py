@@ -247,3 +247,28 @@ def test_stats_account_for_every_page() -> None:
 
 def test_the_fake_model_depends_on_salt_and_past() -> None:
     assert chain("a", [1, 2, 3])[2] != chain("b", [1, 2, 3])[2] != chain("b", [2, 2, 3])[2]
+
+
+def test_eviction_spares_anchors_while_windows_can_give() -> None:
+    w = world(pages=100)
+    text = w.open([])
+    for i in range(40):  # window pages fall out of reach one by one and stay for reuse
+        assert w.feed(text, [i % 5])
+    w.close(text)
+    full, near = w.cache.stats().prefix_pages
+    assert (full, near) == (10, 10)
+    tree = w.cache._tree
+    assert tree is not None
+    for _ in range(4):  # the full group is short, but these window pages were left longer ago
+        tree.evict(0)
+    assert w.cache.stats().prefix_pages == (10, 6)
+    for _ in range(5):  # the window group is short
+        tree.evict(1)
+    assert w.cache.stats().prefix_pages == (10, 1)
+    tree.evict(0)  # now the end of the branch is the oldest
+    assert w.cache.stats().prefix_pages == (9, 1)
+    w.audit()
+    tree.evict(1)
+    tree.evict(1)  # only chunks emptied by the full group can help now
+    assert w.cache.stats().prefix_pages == (8, 0)
+    w.audit()

@@ -215,12 +215,12 @@ class Arena:
                     break
             else:
                 raise AssertionError("compact called without room")
+            # Pages go to the fullest chunks and leave the emptiest, so none moves twice.
             self._vacate(group, next(iter(pool.room[pool.mask.bit_length() - 1])), moved)
         return moved
 
     def _vacate(self, group: int, chunk: _Chunk, moved: dict[int, int]) -> None:
         pool = self._pools[group]
-        origin = {new: old for old, new in moved.items()}
         last = chunk.base + chunk.fresh * pool.units
         pages = [p for p in range(chunk.base, last, pool.units) if p in self.refs]
         pool.remove(chunk)  # so that alloc cannot hand out its own pages
@@ -229,7 +229,7 @@ class Arena:
             self.copy(group, page, target)
             self.refs[target] = self.refs[page]
             self.refs[page] = 1
-            moved[origin.get(page, page)] = target
+            moved[page] = target
         pool.put(chunk)
         for page in pages:
             self.release(page)
