@@ -236,7 +236,8 @@ class Engine:
     ) -> list[RequestOutput]:
         rows = [seq.sampling for _, samples in draws for seq in samples]
         drafts = [item.draft for item, samples in draws for _ in samples]
-        accepted = iter(self._acceptor.accept(logits, rows, drafts))
+        with self.runner.sampling_threads():
+            accepted = iter(self._acceptor.accept(logits, rows, drafts))
         outputs = []
         for item, samples in draws:
             request = item.seq.request

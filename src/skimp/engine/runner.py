@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from skimp.cache import BlockTables
@@ -42,3 +44,17 @@ class Runner:
         buffers.seq_starts[len(work)] = row
         self._tables.update([item.seq.cache for item in work if item.seq.cache is not None])
         return self.backend.forward(row, len(work), logit)
+
+    @contextmanager
+    def sampling_threads(self) -> Iterator[None]:
+        """PyTorch on one thread while it draws from a native step's logits: waking its second
+        team costs more than it saves, and the two teams would spin against each other."""
+        if self.backend.name != "native":
+            yield
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
