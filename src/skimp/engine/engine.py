@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -394,11 +395,10 @@ def _max_context(decoder: Decoder, options: EngineOptions) -> int:
 
 
 def _default_cache_bytes(layout: CacheLayout, options: EngineOptions, max_context: int) -> int:
-    import os
-
-    need = layout.bytes_needed(max_context) * options.max_batch
+    need = layout.bytes_needed(max_context, options.token_budget, options.max_batch)
+    least = layout.bytes_needed(max_context, options.token_budget)
     if options.device == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(min(need, int(free * MAX_CACHE_SHARE)), layout.bytes_needed(1))
+    return min(need, max(int(free * MAX_CACHE_SHARE), min(least, free)))

@@ -58,8 +58,10 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of rank: the first is preempted last
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self.preemptions = 0
+        self._no_room = False  # the first in the queue found no pages, and none came back since
 
     def add(self, seq: Sequence) -> None:
+        self._no_room = False
         heapq.heappush(self._waiting, (seq.rank, seq))
 
     def start_running(self, seq: Sequence) -> None:
@@ -76,6 +78,7 @@ class Scheduler:
 
     def remove(self, seq: Sequence) -> None:
         """Forget a finished or aborted sequence; its pages go back."""
+        self._no_room = False
         if seq.cache is not None:
             self.cache.close(seq.cache)
             seq.cache = None
@@ -103,7 +106,9 @@ class Scheduler:
             budget -= item.num_tokens
             logits -= item.num_logits
             index += 1
-        while self._waiting and budget and logits and not preempted:
+        if not self.running:
+            self._no_room = False
+        while self._waiting and budget and logits and not preempted and not self._no_room:
             seq = self._waiting[0][1]
             places = 1 if seq.forked else seq.request.params.n
             if len(self.running) + places > self.max_batch:
@@ -116,6 +121,7 @@ class Scheduler:
             if not self.cache.append(seq.cache, item.num_tokens):
                 self.cache.close(seq.cache)
                 seq.cache = None
+                self._no_room = True
                 break
             heapq.heappop(self._waiting)
             self.start_running(seq)
