@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from skimp.kernels import native
 from skimp.kernels.ops import LayerCache, StepInputs
 from skimp.kernels.plain import PlainOps
 from skimp.model.decoder import Decoder
@@ -46,7 +47,9 @@ def run_whole(decoder: Decoder, ids: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def run_cached(decoder: Decoder, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
+def run_cached(
+    decoder: Decoder, ids: Sequence[int], chunks: Sequence[int], backend: str = "plain"
+) -> Tensor:
     """The same logits, with the sequence given in chunks through a paged cache."""
     specs = decoder.cache_specs()
     groups = sorted(set(specs), key=specs.index)
@@ -65,16 +68,45 @@ def run_cached(decoder: Decoder, ids: Sequence[int], chunks: Sequence[int]) -> T
         tables.append(_int32([[address + i * size for i in reversed(range(pages))]]))
         address += pages * size
     arena = torch.full((address * 64,), 255, dtype=torch.uint8)  # NaN until written
-    ops = PlainOps()
-    decoder.bind(ops, caches=caches)
+    cached = {"arena": arena, "block_tables": tuple(tables)}
+    forward = _plain if backend == "plain" else _native
+    run = forward(decoder, caches, _step(ids, 0, **cached))
     out, start = [], 0
     for chunk in chunks:
         part = ids[start : start + chunk]
-        step = _step(part, start, arena=arena, block_tables=tuple(tables))
-        out.append(decoder(step, ops))
+        out.append(run(_step(part, start, **cached)))
         start += len(part)
     assert start == len(ids)
     return torch.cat(out)
+
+
+def _plain(
+    decoder: Decoder, caches: list[LayerCache], largest: StepInputs
+) -> Callable[[StepInputs], Tensor]:
+    ops = PlainOps()
+    decoder.bind(ops, caches=caches)
+    return lambda step: decoder(step, ops)
+
+
+def _native(
+    decoder: Decoder, caches: list[LayerCache], largest: StepInputs
+) -> Callable[[StepInputs], Tensor]:
+    """A program captured for the largest step, which then runs every smaller one."""
+    ops = native.NativeOps()
+    decoder.bind(ops, caches=caches)
+    rows = largest.token_ids.shape[0]
+    with ops.capture(max_rows=rows, max_seqs=1, max_logits=rows) as program:
+        logits = decoder(largest, ops)
+
+    def run(step: StepInputs) -> Tensor:
+        count = step.token_ids.shape[0]
+        for name in ("token_ids", "positions", "row_seq", "kv_end", "logit_rows"):
+            getattr(largest, name)[:count] = getattr(step, name)
+        logits.fill_(torch.nan)
+        program.run(count, 1, count, 1)
+        return logits[:count].clone()
+
+    return run
 
 
 @dataclass

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from skimp.decoding.params import SamplingParams
+from skimp.engine import Engine, EngineOptions
 from skimp.model import families
 from skimp.model.loading import load_decoder
 
@@ -179,8 +181,9 @@ def test_logits_equal_transformers(case: str, make_oracle: Any, tools: Any) -> N
     whole = tools.whole(load_decoder(oracle.directory), tokens())
     assert tools.distance(whole, expected) < TOLERANCE
     for chunks in ([33, 1, 36], [LENGTH], [50] + [1] * 20):
-        ours = tools.cached(load_decoder(oracle.directory), tokens(), chunks)
-        assert tools.distance(ours, expected) < TOLERANCE, chunks
+        for backend in ("plain", "native"):
+            ours = tools.cached(load_decoder(oracle.directory), tokens(), chunks, backend)
+            assert tools.distance(ours, expected) < TOLERANCE, (backend, chunks)
 
 
 @pytest.mark.filterwarnings("ignore:.*dynamic.*")
@@ -271,3 +274,17 @@ def test_a_real_model(shared: Any, tools: Any) -> None:
         expected = model(torch.tensor([ids])).logits[0]
     ours = tools.whole(load_decoder(directory), ids)
     assert tools.distance(ours, expected) < TOLERANCE
+    for backend in ("plain", "native"):
+        engine = Engine.load(directory, EngineOptions(backend=backend, threads=1))
+        for prompt in ([1], [1, 403, 407, 261]):
+            greedy = SamplingParams(max_tokens=200, temperature=0.0, ignore_eos=True)
+            reference = model.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=200,
+                min_new_tokens=200,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            found = engine.generate([prompt], greedy)[0].outputs[0].token_ids
+            assert prompt + found == reference[0].tolist(), backend
