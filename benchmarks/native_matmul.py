@@ -3,14 +3,18 @@
 Weights are read from memory, not from cache: each product of a round uses another copy, and all
 copies together are larger than ``--mib``. Rounds are interleaved; figures are medians, with the
 spread of the middle half. Rows of 8 and fewer are limited by reading weights (GB/s), more rows by
-arithmetic (GFLOP/s). The read limit is the best rate of a plain reduction over one large buffer.
+arithmetic (GFLOP/s). oneDNN writes the weights' dtype, the native product float32.
 
-    python benchmarks/native_matmul.py [--isa avx512bf16] [--threads 2] [--dtype bfloat16]
+On a machine shared with others use ``--cpu-time``: one thread, and the processor time it took.
+For scale, the best rate at which torch sums one large buffer is printed first.
+
+    python benchmarks/native_matmul.py [--isa avx512bf16] [--threads 2] [--cpu-time]
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -26,19 +30,22 @@ SHAPES = [(576, 1536), (896, 4864), (4864, 896), (288, 768), (576, 49152)]  # in
 FEW, MANY = [1, 2, 4, 8], [8, 16, 32, 128, 512]
 
 
-def read_limit(mib: int, rounds: int) -> float:
+Clock = Callable[[], float]
+
+
+def sum_rate(mib: int, rounds: int, clock: Clock) -> float:
     """Bytes per second of summing one buffer."""
     buffer = torch.ones(mib << 18, dtype=torch.float32)
     best = 0.0
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         buffer.sum()
-        best = max(best, buffer.nbytes / (time.perf_counter() - start))
+        best = max(best, buffer.nbytes / (clock() - start))
     return best
 
 
 def measure(
-    calls: dict[str, Callable[[], None]], rounds: int
+    calls: dict[str, Callable[[], None]], rounds: int, clock: Clock
 ) -> dict[str, tuple[float, float, float]]:
     """Seconds of each call: lower quartile, median, upper quartile."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -46,9 +53,9 @@ def measure(
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: tuple(statistics.quantiles(t, n=4)) for name, t in times.items()}  # type: ignore[misc]
 
 
@@ -96,17 +103,19 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("K", "N"))
     parser.add_argument("--no-onednn", action="store_true")
     parser.add_argument("--norm", action="store_true", help="float32 inputs through a fused norm")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, processor time")
     args = parser.parse_args()
+    clock = time.thread_time if args.cpu_time else time.perf_counter
+    args.threads = 1 if args.cpu_time else args.threads
     torch.set_num_threads(args.threads)
     native.set_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    with (
-        torch.inference_mode(),
-        native.instruction_set(args.isa or native.describe().split(",")[0]),
-    ):
-        print(f"{native.describe()}; {args.dtype}; torch {torch.__version__}")
-        limit = read_limit(args.mib, args.rounds)
-        print(f"read limit {limit / 1e9:.1f} GB/s")
+    isa = native.instruction_set(args.isa) if args.isa else contextlib.nullcontext()
+    with torch.inference_mode(), isa:
+        timed = "processor time" if args.cpu_time else "wall time"
+        print(f"{native.describe()}; {args.dtype}; torch {torch.__version__}; {timed}")
+        rate = sum_rate(args.mib, args.rounds, clock)
+        print(f"torch sums a buffer at {rate / 1e9:.1f} GB/s")
         for k, n in args.shape or SHAPES:
             nbytes = k * n * dtype.itemsize
             plan = [(r, True) for r in FEW] + [(r, False) for r in MANY]
@@ -117,10 +126,10 @@ def main() -> None:
                 copies = max(1, -(-budget // nbytes))
                 calls = build(k, n, rows, dtype, copies, not args.no_onednn, args.norm)
                 parts = []
-                for name, (low, mid, high) in measure(calls, args.rounds).items():
+                for name, (low, mid, high) in measure(calls, args.rounds, clock).items():
                     work = nbytes if few else 2.0 * k * n * rows
                     rate, spread = work * copies / mid / 1e9, (high - low) / mid
-                    unit = f"GB/s ({rate * 1e9 / limit:4.0%})" if few else "GFLOP/s"
+                    unit = "GB/s" if few else "GFLOP/s"
                     parts.append(f"{name} {rate:7.1f} {unit} ±{spread / 2:4.0%}")
                 print(f"{k:5} x {n:5}  {rows:3} rows  " + "   ".join(parts), flush=True)
 

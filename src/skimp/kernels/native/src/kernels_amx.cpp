@@ -36,6 +36,13 @@ void configure(int rows) {
 }
 
 constexpr int B_TILE = K_ALIGN * PANEL;  // elements
+constexpr int AHEAD = 2;                 // tiles ahead at which weights are prefetched
+
+void prefetch_tile(const uint16_t* tile) {
+#pragma GCC unroll 16
+  for (int line = 0; line < 16; ++line)
+    _mm_prefetch(reinterpret_cast<const char*>(tile + line * 32), _MM_HINT_T0);
+}
 
 template <bool TWO_ROWS, bool TWO_PANELS>
 void block(const uint16_t* x, int64_t stride, const uint16_t* w, int64_t panel_stride, int k,
@@ -47,7 +54,12 @@ void block(const uint16_t* x, int64_t stride, const uint16_t* w, int64_t panel_s
   if constexpr (TWO_ROWS) _tile_zero(2);
   if constexpr (TWO_ROWS && TWO_PANELS) _tile_zero(3);
   for (int i = 0; i < k; i += K_ALIGN) {
-    const uint16_t* b = w + static_cast<int64_t>(i) / K_ALIGN * B_TILE;
+    const uint16_t* b = w + int64_t{i} * PANEL;
+    // Near its end a panel's stream goes on in the next pair of panels.
+    const uint16_t* next = b + AHEAD * B_TILE;
+    if (i + AHEAD * K_ALIGN >= k) next += TWO_PANELS ? panel_stride : 0;
+    prefetch_tile(next);
+    if constexpr (TWO_PANELS) prefetch_tile(next + panel_stride);
     _tile_loadd(6, b, 64);
     _tile_loadd(4, x + i, bytes);
     _tile_dpbf16ps(0, 4, 6);

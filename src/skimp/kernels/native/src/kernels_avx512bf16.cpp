@@ -21,18 +21,23 @@ SKIMP_TARGET(
 namespace skimp {
 namespace {
 
-// R rows by P panels of VDPBF16PS; one accumulator an output, pairs of k in order.
+// Bytes ahead of the product at which each panel is prefetched. The hardware stops at every page
+// and does not see the next group of panels coming.
+constexpr int64_t AHEAD = 1536 / 2;  // in elements
+
+// sum += x w over [first, last) of k: one accumulator an output, pairs of k in order.
 template <int R, int P>
-int micro_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t panel_stride, int k,
-               float* acc) {
-  __m512 sum[R][P];
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) sum[r][p] = _mm512_setzero_ps();
-  for (int i = 0; i < k; i += 2) {
+SKIMP_INLINE void accumulate(const uint16_t* x, int64_t x_stride, const uint16_t* w,
+                             int64_t panel_stride, int first, int last, int64_t ahead,
+                             __m512 (&sum)[R][P]) {
+  for (int i = first; i < last; i += 2) {
     __m512bh weights[P];
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p)
-      weights[p] = (__m512bh)_mm512_loadu_si512(w + p * panel_stride + i * PANEL);
+    for (int p = 0; p < P; ++p) {
+      const uint16_t* line = w + p * panel_stride + int64_t{i} * PANEL;
+      weights[p] = (__m512bh)_mm512_loadu_si512(line);
+      _mm_prefetch(reinterpret_cast<const char*>(line + ahead), _MM_HINT_T0);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       int pair;
@@ -42,6 +47,18 @@ int micro_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t p
       for (int p = 0; p < P; ++p) sum[r][p] = _mm512_dpbf16_ps(sum[r][p], weights[p], value);
     }
   }
+}
+
+// R rows by P panels. Near its end a panel's stream goes on in the next group of panels.
+template <int R, int P>
+int micro_bf16(const uint16_t* x, int64_t x_stride, const uint16_t* w, int64_t panel_stride, int k,
+               float* acc) {
+  __m512 sum[R][P];
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) sum[r][p] = _mm512_setzero_ps();
+  const int turn = k > AHEAD / PANEL ? k - static_cast<int>(AHEAD / PANEL) : 0;
+  accumulate<R, P>(x, x_stride, w, panel_stride, 0, turn, AHEAD, sum);
+  accumulate<R, P>(x, x_stride, w, panel_stride, turn, k, AHEAD + (P - 1) * panel_stride, sum);
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < P; ++p) _mm512_storeu_ps(acc + r * ACC_STRIDE + p * PANEL, sum[r][p]);
   return P;

@@ -7,32 +7,49 @@
 namespace skimp {
 namespace {
 
-// R rows by P panels. The vectors that an instruction set has must hold R * P * VP sums.
+// Words ahead of the product at which each panel is prefetched. The hardware stops at every page
+// and does not see the next group of panels coming.
+constexpr int64_t AHEAD_WORDS = 1536 / 4;
+
+// sum += x w over lines [first, last) of every panel: one k a line, or two if BF16_W.
+template <bool BF16_W, int R, int P>
+SKIMP_INLINE void accumulate_f32(const float* x, int64_t x_stride, const uint32_t* w,
+                                 int64_t panel_stride, int first, int last, int64_t ahead,
+                                 vf (&sum)[R][P * VP]) {
+  for (int line = first; line < last; ++line) {
+#pragma GCC unroll 16
+    for (int pv = 0; pv < P * VP; ++pv) {
+      const uint32_t* at =
+          w + pv / VP * panel_stride + int64_t{line} * PANEL + pv % VP * VW;
+      if (pv % VP == 0) __builtin_prefetch(at + ahead);
+      if constexpr (BF16_W) {
+        const vu pair = load<vu>(at);
+        const vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000u);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r][pv] += even * x[r * x_stride + 2 * line];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r][pv] += odd * x[r * x_stride + 2 * line + 1];
+      } else {
+        const vf value = load<vf>(at);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r][pv] += value * x[r * x_stride + line];
+      }
+    }
+  }
+}
+
+// R rows by P panels. The vectors that an instruction set has must hold R * P * VP sums. Near
+// its end a panel's stream goes on in the next group of panels.
 template <bool BF16_W, int R, int P>
 void micro(const float* x, int64_t x_stride, const uint32_t* w, int64_t panel_stride, int k,
            float* acc) {
   vf sum[R][P * VP] = {};
-  const float* rows[R];
-  for (int r = 0; r < R; ++r) rows[r] = x + r * x_stride;
-  for (int i = 0; i < k; i += BF16_W ? 2 : 1) {
-#pragma GCC unroll 16
-    for (int pv = 0; pv < P * VP; ++pv) {
-      const uint32_t* line = w + pv / VP * panel_stride + pv % VP * VW;
-      if constexpr (BF16_W) {
-        const vu pair = load<vu>(line);
-        const vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000u);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) sum[r][pv] += even * rows[r][i];
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) sum[r][pv] += odd * rows[r][i + 1];
-      } else {
-        const vf value = load<vf>(line);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) sum[r][pv] += value * rows[r][i];
-      }
-    }
-    w += PANEL;
-  }
+  const int lines = BF16_W ? k / 2 : k;
+  constexpr int AHEAD = AHEAD_WORDS / PANEL;
+  const int turn = lines > AHEAD ? lines - AHEAD : 0;
+  accumulate_f32<BF16_W, R, P>(x, x_stride, w, panel_stride, 0, turn, AHEAD_WORDS, sum);
+  accumulate_f32<BF16_W, R, P>(x, x_stride, w, panel_stride, turn, lines,
+                               AHEAD_WORDS + (P - 1) * panel_stride, sum);
   for (int r = 0; r < R; ++r)
     for (int pv = 0; pv < P * VP; ++pv) store(acc + r * ACC_STRIDE + pv * VW, sum[r][pv]);
 }
