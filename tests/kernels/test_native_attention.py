@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -16,8 +16,9 @@ from skimp.kernels import native
 if not native.available():
     pytest.skip("the native kernels are not built", allow_module_level=True)
 
-from skimp.kernels.native import structs
 from skimp.kernels.native.library import instruction_set, library
+
+from skimp.kernels.native import structs
 
 ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
 ISAS = ISAS[: ISAS.index(library().best_isa()) + 1]
@@ -51,6 +52,15 @@ class Rows:
     first: int
     count: int
     kv_end: int | None = None
+
+
+@pytest.fixture(autouse=True)
+def quiet_torch() -> Iterator[None]:
+    """PyTorch's own threads spin for a while after each operation, beside those under test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Past:
@@ -279,17 +289,13 @@ def exact(shape: Shape, isa: str, length: int) -> None:
         assert torch.equal(got, wanted), (got.float() - wanted.float()).abs().max()
 
     for chunk in (1, 7, 64, 150):
-        steps = (
-            range(0, length, chunk)
-            if length < 500 or chunk > 7
-            else range(length - 20, length, chunk)
-        )
+        first = 0 if chunk > 7 and length < 500 else length - 5 * chunk - 2
         parts = [
-            past.attend([Rows(0, i, min(chunk, length - i))], isa=isa, threads=1 + i % 4)
-            for i in steps
+            past.attend([Rows(0, i, min(chunk, length - i))], isa=isa, threads=1 + i % 3)
+            for i in range(first, length, chunk)
         ]
-        same(torch.cat(parts), whole[steps[0] :])
-    for threads in (2, 3, 5, 16):
+        same(torch.cat(parts), whole[first:])
+    for threads in (2, 3, 5):
         same(past.attend([Rows(0, 0, length)], isa=isa, threads=threads), whole)
     company = [Rows(1, 70, 7), Rows(0, length - 33, 33), Rows(2, 1499, 1)]
     alone = [past.attend([r], isa=isa, threads=t) for r, t in zip(company, (3, 2, 7))]

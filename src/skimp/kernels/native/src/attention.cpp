@@ -17,8 +17,9 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kMinTileRows = 64, kMaxTileRows = 192;
-constexpr int kStreamKeys = 64;     // keys packed at a time for few rows: they stay in L1
-constexpr int64_t kPackCost = 8;    // packing a key costs about as much as this many rows
+constexpr int kStreamBytes = 16384;  // packed at a time for few rows: stays in L1
+constexpr int kAhead = 64;           // keys that prefetching runs ahead
+constexpr int64_t kPackCost = 8;     // packing a key costs about as much as this many rows
 
 const AttentionKernels& kernels_for(DType dtype) {
 #if defined(__x86_64__)
@@ -255,25 +256,32 @@ class Attention {
     std::fill_n(work_.sum, rows, 0.0f);
   }
 
+  // Calls visit(key, address, count) for runs of keys (or values) that lie side by side.
+  template <class Visit>
+  void for_each_run(const Tile& tile, int head, bool values, int from, int to,
+                    Visit visit) const {
+    const RowMeta& meta = op_.meta;
+    const int32_t* table = meta.block_table + meta.row_seq[tile.first] * meta.table_stride;
+    const int64_t vector = int64_t{dim_} * element_;
+    const int64_t plane = op_.page_tokens * vector;
+    const int64_t offset = op_.layer_offset + plane * (head + (values ? op_.num_kv_heads : 0));
+    for (int key = from; key < to;) {
+      const int page = key / op_.page_tokens, slot = key - page * op_.page_tokens;
+      const int count = std::min(op_.page_tokens - slot, to - key);
+      visit(key, meta.arena + int64_t{64} * table[page] + offset + slot * vector, count);
+      key += count;
+    }
+  }
+
   // Where 16 keys or values lie; those that no row of the tile sees are read as zeros, for what
   // lies there may be anything.
   void locate(const Tile& tile, int head, bool values, int first, const void** at) const {
-    const RowMeta& meta = op_.meta;
-    const int32_t* table =
-        meta.block_table + meta.row_seq[tile.first] * meta.table_stride;
     const int64_t vector = int64_t{dim_} * element_;
-    const int64_t plane = op_.page_tokens * vector;
-    const int64_t offset =
-        op_.layer_offset + plane * (head + (values ? op_.num_kv_heads : 0));
     const int lo = std::max(first, tile.lo), hi = std::min(first + kPanel, tile.hi);
-    for (int i = 0; i < kPanel; ++i) at[i] = work_.zero;
-    for (int key = lo; key < hi;) {
-      const int page = key / op_.page_tokens;
-      int slot = key - page * op_.page_tokens;
-      const char* p = meta.arena + int64_t{64} * table[page] + offset + slot * vector;
-      for (; key < hi && slot < op_.page_tokens; ++key, ++slot, p += vector)
-        at[key - first] = p;
-    }
+    if (hi - lo < kPanel) std::fill_n(at, kPanel, work_.zero);
+    for_each_run(tile, head, values, lo, hi, [&](int key, const char* p, int count) {
+      for (int i = 0; i < count; ++i) at[key - first + i] = p + i * vector;
+    });
   }
 
   // Packs keys (or values) [from, to) of the sequence, whole groups.
@@ -282,9 +290,29 @@ class Attention {
     const auto kernel = values ? kernels_.pack_values : kernels_.pack_keys;
     for (int key = from; key < to; key += kPanel) {
       locate(tile, head, values, key, at);
+      prefetch(tile, head, values, key);
       kernel(at, static_cast<DType>(op_.head.dtype), dim_, padded_, dst);
       dst += int64_t{kPanel} * padded_ * kernels_.operand_bytes;
     }
+  }
+
+  // What will be packed kAhead keys later: after a span's keys come its values, then the next
+  // span's keys. Pages are scattered, so the processor cannot guess them.
+  void prefetch(const Tile& tile, int head, bool values, int key) const {
+    const int span = key / kSpan, end = tile.span_hi(span);
+    int from = key + kAhead;
+    if (!values && from >= end) {
+      values = true;
+      from += tile.span_lo(span) - end;
+    } else if (from >= end) {
+      values = false;
+    }
+    const int to = std::min(from + kPanel, tile.hi);
+    for_each_run(tile, head, values, std::max(from, tile.lo), to,
+                 [&](int, const char* p, int count) {
+                   const char* last = p + int64_t{count} * dim_ * element_;
+                   for (; p < last; p += 64) __builtin_prefetch(p);
+                 });
   }
 
   // One span for all rows of the tile: merged into the running sums, or left at `shared`.
@@ -294,15 +322,17 @@ class Attention {
     const int g0 = tile.span_lo(span) / kGroup * kGroup;
     const int g1 = (tile.span_hi(span) + kGroup - 1) / kGroup * kGroup;
     if (rows <= kTile) {
-      for (int k = g0; k < g1; k += kStreamKeys) {
-        const int to = std::min(k + kStreamKeys, g1);
+      const int stream =
+          std::max(2 * kGroup, static_cast<int>(kStreamBytes / key_bytes) / kGroup * kGroup);
+      for (int k = g0; k < g1; k += stream) {
+        const int to = std::min(k + stream, g1);
         pack(tile, head, false, k, to, work_.keys);
         kernels_.score(work_.queries, rows, padded_, work_.keys, (to - k) / kPanel,
                        work_.scores + k - base);
       }
       softmax(0, rows, base, g0, g1);
-      for (int k = g0; k < g1; k += kStreamKeys) {
-        const int to = std::min(k + kStreamKeys, g1);
+      for (int k = g0; k < g1; k += stream) {
+        const int to = std::min(k + stream, g1);
         pack(tile, head, true, k, to, work_.values);
         kernels_.weigh(work_.scores, work_.probs, rows, padded_, work_.values, k - base, to - k,
                        k > g0, work_.part);

@@ -1,0 +1,166 @@
+"""Speed of native attention: cache bytes read a second in generation, FLOP/s in prefill.
+
+    python benchmarks/native_attention.py [--heads 9 --kv-heads 3 --dim 64] [--dtype bfloat16]
+
+Prefill stands beside PyTorch's scaled_dot_product_attention, generation beside the machine's
+read bandwidth and beside SDPA with the query heads that share a kv head made rows. Figures are
+medians of rounds in which the contestants take turns; the spread is that of the middle half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from skimp.kernels.native.library import describe, library
+from torch import Tensor
+
+from skimp.kernels.native import structs
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    dim: int
+    page: int
+    dtype: torch.dtype
+
+
+class Case:
+    """``batch`` sequences of ``context`` tokens, of which the last ``rows`` are queries."""
+
+    def __init__(self, shape: Shape, batch: int, context: int, rows: int) -> None:
+        self.shape, self.batch, self.context, self.rows = shape, batch, context, rows
+        kv, dim = shape.kv_heads, shape.dim
+        pages = -(-context // shape.page)
+        page_bytes = 2 * kv * shape.page * dim * shape.dtype.itemsize
+        numbers = torch.randn(batch * pages * page_bytes // shape.dtype.itemsize + 64)
+        numbers = numbers.to(shape.dtype)
+        skip = -numbers.data_ptr() % 64 // shape.dtype.itemsize
+        self.arena = numbers[skip:]
+        order = torch.randperm(batch * pages).int() * (page_bytes // 64)
+        self.table = order.view(batch, pages).contiguous()
+        positions = torch.arange(context - rows, context, dtype=torch.int32)
+        self.positions = positions.repeat(batch)
+        self.ends = self.positions + 1
+        self.seqs = torch.arange(batch, dtype=torch.int32).repeat_interleave(rows)
+        self.q = torch.randn(batch * rows, shape.heads * dim)
+        self.out = torch.zeros(batch * rows, shape.heads * dim, dtype=shape.dtype)
+        self.op = op = structs.AttendOp()
+        op.head = structs.OpHeader(structs.ATTEND, structs.DTYPES[shape.dtype])
+        arrays = (self.positions, self.seqs, self.ends, self.table)
+        op.meta = structs.RowMeta(
+            *(x.data_ptr() for x in arrays), self.table.stride(0), self.arena.data_ptr()
+        )
+        op.q, op.q_stride = self.q.data_ptr(), self.q.stride(0)
+        op.out, op.out_stride = self.out.data_ptr(), self.out.stride(0)
+        op.scale = dim**-0.5
+        op.num_heads, op.num_kv_heads, op.head_dim = shape.heads, kv, dim
+        op.page_tokens = shape.page
+        self.program = (ctypes.c_void_p * 1)(ctypes.addressof(op))
+
+    def native(self, threads: int) -> None:
+        address = ctypes.addressof(self.program)
+        library().run(address, 1, self.batch * self.rows, self.batch, 0, threads)
+
+    def sdpa(self) -> Callable[[], Tensor]:
+        """The same sizes, in one contiguous cache."""
+        shape = self.shape
+        kv, dim, group = shape.kv_heads, shape.dim, shape.heads // shape.kv_heads
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(*size).to(shape.dtype)
+
+        k, v = (draw(self.batch, kv, self.context, dim) for _ in range(2))
+        if self.rows == 1:
+            q = draw(self.batch, kv, group, dim)
+            return lambda: F.scaled_dot_product_attention(q, k, v)
+        q = draw(self.batch, shape.heads, self.rows, dim)
+        return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    @property
+    def cache_bytes(self) -> int:
+        shape = self.shape
+        return 2 * self.batch * self.context * shape.kv_heads * shape.dim * shape.dtype.itemsize
+
+    @property
+    def flop(self) -> float:
+        """Multiplications and additions of the visible half, both products."""
+        pairs = self.rows * (2 * self.context - self.rows + 1) / 2
+        return 4.0 * self.batch * self.shape.heads * self.shape.dim * pairs
+
+
+def seconds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    repeats = {}
+    for name, call in contestants.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, int(0.02 / (time.perf_counter() - start)))
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                call()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return times
+
+
+def line(label: str, work: float, unit: str, times: list[float]) -> str:
+    low, middle, high = statistics.quantiles(times, n=4)
+    rates = [work / x / 1e9 for x in (high, middle, low)]
+    return (
+        f"{label:34} {middle * 1e6:10.1f} us  {rates[1]:8.1f} {unit} "
+        f"[{rates[0]:.1f}, {rates[2]:.1f}]"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--page", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=["generation", "prefill"])
+    args = parser.parse_args()
+    shape = Shape(args.heads, args.kv_heads, args.dim, args.page, getattr(torch, args.dtype))
+    threads = library().get_threads()
+    torch.set_num_threads(threads)
+    print(f"{shape}; native: {describe()}; PyTorch {torch.__version__}, {threads} threads")
+    if args.only != "prefill":
+        block = torch.ones(64 << 20, dtype=torch.int64)
+        times = seconds({"read": lambda: block.sum()}, args.rounds)["read"]
+        print(line("reading 512 MiB", 8.0 * block.numel(), "GB/s", times))
+        for batch in (1, 8, 32):
+            for context in (128, 1024, 8192):
+                case = Case(shape, batch, context, 1)
+                contestants: dict[str, Callable[[], object]] = {
+                    "native": lambda case=case: case.native(threads),
+                    "sdpa": case.sdpa(),
+                }
+                for name, times in seconds(contestants, args.rounds).items():
+                    label = f"{name:6} generation {batch:3} x {context}"
+                    print(line(label, case.cache_bytes, "GB/s", times))
+    if args.only != "generation":
+        for context, rows in ((128, 128), (512, 512), (2048, 2048), (2048, 512)):
+            case = Case(shape, 1, context, rows)
+            contestants = {"native": lambda case=case: case.native(threads)}
+            if rows == context:
+                contestants["sdpa"] = case.sdpa()
+            for name, times in seconds(contestants, args.rounds).items():
+                label = f"{name:6} prefill {rows} of {context}"
+                print(line(label, case.flop, "GFLOP/s", times))
+
+
+if __name__ == "__main__":
+    main()
