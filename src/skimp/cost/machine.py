@@ -19,7 +19,7 @@ from pathlib import Path
 
 from skimp.cost.hardware import Curve, Hardware, Overheads
 
-_FORMAT = 3  # of the file; raise it whenever what is measured changes
+_FORMAT = 4  # of the file; raise it whenever what is measured changes
 
 
 def cache_dir() -> Path:
@@ -111,7 +111,7 @@ def measure(*, threads: int) -> Hardware:
         bandwidth_gb_s=curve[-1][1],
         bandwidth_curve=curve,
         matrix_tflops=rates,
-        attention_tflops=attention,
+        attention_tflops=((1.0, attention),),
         memory_bytes=float(total_memory()),
         # A layer through PyTorch is some 25 operators; a step's bookkeeping some 50 more.
         overheads=Overheads(step_s=50 * dispatch, layer_s=25 * dispatch, sequence_s=10 * dispatch),

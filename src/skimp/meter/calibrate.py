@@ -1,16 +1,217 @@
-"""What bytes and operations do not explain about this engine on this machine."""
+"""What bytes and operations do not explain: how this engine runs on this machine.
+
+Half a dozen small decoders of random weights are timed through the engine itself. Differences
+between them give the cost of a step, of a layer, of a sequence and of a logit; a wide one gives the
+rate of matrix products by number of rows, and long contexts that of attention. Shapes that users
+run are none of the probes, so a prediction is not a copy of its own measurement.
+
+It takes a few seconds and is kept beside the machine's own figures.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+import json
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from skimp.cost import Hardware, this_machine
-from skimp.meter.work import engine_threads
+from skimp.cost import Hardware, Overheads, SequenceStep, predict, step_cost, this_machine
+from skimp.cost.hardware import Curve
+from skimp.cost.machine import cache_dir, cpu_model, save_json
+from skimp.meter.work import engine_threads, engine_work
 
 if TYPE_CHECKING:
     from skimp.engine import Engine
+    from skimp.model.spec import ModelSpec
+
+_FORMAT = 1  # of the file; raise it whenever what is measured changes
+_ROWS = (1, 4, 8, 16, 32, 64)
+_PREFILL = (128, 512)
+_SHORT, _LONG = 16, 512
 
 
 def engine_hardware(engine: Engine) -> Hardware:
-    """The machine the engine runs on."""
-    return this_machine(threads=engine_threads(engine), device=engine.options.device)
+    """The machine as ``engine`` uses it: its backend, dtype and threads."""
+    return calibrated(
+        dtype=str(engine.dtype).removeprefix("torch."),
+        device=engine.options.device,
+        backend=engine.backend_name,
+        threads=engine_threads(engine),
+        deterministic=engine.options.deterministic,
+    )
+
+
+def calibrated(
+    *, dtype: str, device: str, backend: str, threads: int, deterministic: bool = False
+) -> Hardware:
+    """The machine at hand with the engine's own rates and overheads, from an earlier calibration
+    if there is one. A GPU is taken from the table."""
+    import torch
+
+    import skimp
+
+    hardware = this_machine(threads=threads, device=device)
+    if device != "cpu":
+        return hardware
+    key = (
+        _FORMAT, skimp.__version__, torch.__version__, cpu_model(), threads, dtype, backend,
+        deterministic, _isa(backend),
+    )  # fmt: skip
+    path = cache_dir() / f"engine-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    try:
+        return Hardware.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    found = measure_engine(
+        hardware,
+        dtype=dtype,
+        options={"backend": backend, "threads": threads, "deterministic": deterministic},
+    )
+    save_json(path, found.as_dict())
+    return found
+
+
+def measure_engine(hardware: Hardware, *, dtype: str, options: dict[str, Any]) -> Hardware:
+    """``hardware`` with matrix and attention rates and overheads as the engine shows them."""
+    thin, deep = _spec(layers=2), _spec(layers=10)
+    wordy = _spec(layers=2, vocab=16384)
+    with _Probe(thin, dtype, options) as probe:
+        one, many = probe.step_s(1, _SHORT), probe.step_s(32, _SHORT)
+    with _Probe(deep, dtype, options) as probe:
+        deep_one, deep_many = probe.step_s(1, _SHORT), probe.step_s(32, _SHORT)
+    with _Probe(wordy, dtype, options) as probe:
+        wordy_many = probe.step_s(32, _SHORT)
+    layers = deep.num_layers - thin.num_layers
+    layer = max(0.0, (deep_one - one) / layers)
+    layer_row = max(0.0, ((deep_many - deep_one) - (many - one)) / layers / 31)
+    sequence = max(0.0, (many - one) / 31 - thin.num_layers * layer_row)
+    logit = max(0.0, (wordy_many - many) / 32 / (wordy.vocab_size - thin.vocab_size))
+    overheads = Overheads(
+        step_s=max(0.0, one - thin.num_layers * layer - sequence),
+        layer_s=layer,
+        sequence_s=sequence,
+        layer_row_s=layer_row,
+        logit_s=logit,
+    )
+    bare = replace(hardware, overheads=overheads)
+    wide = _spec(layers=3, hidden=512, inner=2048, heads=8, vocab=512)
+    with _Probe(wide, dtype, options) as probe:
+        rates = [(n, probe.matrix_rate(bare, n)) for n in _ROWS]
+        rates += [(n, probe.prefill_rate(bare, n)) for n in _PREFILL]
+        matrix: Curve = tuple((float(n), rate) for n, rate in rates)
+        bare = replace(bare, matrix_tflops={**bare.matrix_tflops, dtype: matrix})
+        attention = [(1.0, probe.attention_rate(bare))]
+        attention += [(float(_LONG), probe.prefill_attention_rate(bare))]
+    return replace(bare, attention_tflops=tuple(attention))
+
+
+class _Probe:
+    """An engine around one small decoder, timed in several ways."""
+
+    def __init__(self, spec: ModelSpec, dtype: str, options: dict[str, Any]) -> None:
+        from skimp.engine import Engine, EngineOptions
+        from skimp.model.loading import random_decoder
+
+        self.engine = Engine.from_decoder(
+            random_decoder(spec, seed=0, dtype=dtype),
+            tokenizer=None,
+            options=EngineOptions(
+                max_batch=64, max_context=_LONG + 128, token_budget=_LONG, **options
+            ),
+        )
+        self.work = engine_work(self.engine)
+        self.rng = random.Random(0)
+
+    def __enter__(self) -> _Probe:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        del self.engine
+
+    def prompts(self, batch: int, context: int) -> list[list[int]]:
+        from skimp.meter.speed import random_prompt
+
+        return [random_prompt(self.rng, self.work.embedding_rows, context) for _ in range(batch)]
+
+    def step_s(self, batch: int, context: int) -> float:
+        """A step's time when nothing disturbs it: the lower quartile of some twenty."""
+        from skimp.meter.speed import time_generation
+
+        times, _ = time_generation(self.engine, self.prompts(batch, context), 20)
+        return statistics.quantiles(times, n=4)[0]
+
+    def prefill_s(self, context: int, repeat: int = 3) -> float:
+        from skimp.meter.speed import time_prefill
+
+        return min(time_prefill(self.engine, self.prompts(1, context)) for _ in range(repeat))
+
+    def matrix_rate(self, hardware: Hardware, batch: int) -> float:
+        """TFLOP/s that explain a step of ``batch`` rows once the overheads are taken off."""
+        steps = [SequenceStep(context=_SHORT)] * batch
+        return self._rate(hardware, steps, self.step_s(batch, _SHORT), "matmul")
+
+    def prefill_rate(self, hardware: Hardware, tokens: int) -> float:
+        steps = [SequenceStep(context=tokens, tokens=tokens)]
+        return self._rate(hardware, steps, self.prefill_s(tokens), "matmul")
+
+    def attention_rate(self, hardware: Hardware) -> float:
+        steps = [SequenceStep(context=_LONG)] * 4
+        return self._rate(hardware, steps, self.step_s(4, _LONG), "attention")
+
+    def prefill_attention_rate(self, hardware: Hardware) -> float:
+        steps = [SequenceStep(context=_LONG, tokens=_LONG)]
+        return self._rate(hardware, steps, self.prefill_s(_LONG), "attention")
+
+    def _rate(
+        self, hardware: Hardware, steps: Sequence[SequenceStep], seconds: float, kind: str
+    ) -> float:
+        cost = step_cost(self.work, steps)
+        time = predict(cost, hardware)
+        kinds = [term.kind for term in cost.terms]
+        others = sum(t.seconds for t, k in zip(time.terms, kinds) if k != kind)
+        flops = cost.matmul_flops if kind == "matmul" else cost.attention_flops
+        # Whatever is left belongs to this kind; at least a tenth, lest noise make it instant.
+        left = max(seconds - time.overhead_s - others, 0.1 * seconds)
+        return flops / left / 1e12
+
+
+def _spec(
+    *,
+    layers: int,
+    hidden: int = 64,
+    inner: int = 64,
+    heads: int = 1,
+    vocab: int = 256,
+) -> ModelSpec:
+    from skimp.model.spec import AttentionSpec, GatedFFNSpec, LayerSpec, ModelSpec, RopeSpec
+
+    layer = LayerSpec(
+        mixer=AttentionSpec(
+            num_heads=heads,
+            num_kv_heads=heads,
+            head_dim=64,
+            rope=RopeSpec(theta=1e4, rotary_dim=64),
+            scale=0.125,
+        ),
+        ffn=GatedFFNSpec(intermediate_size=inner),
+    )
+    return ModelSpec(
+        family="llama",
+        vocab_size=vocab,
+        hidden_size=hidden,
+        layers=(layer,) * layers,
+        norm_eps=1e-5,
+        max_positions=4096,
+        tie_embeddings=True,
+    )
+
+
+def _isa(backend: str) -> str:
+    if backend != "native":
+        return ""
+    from skimp.kernels.native.library import library
+
+    return str(library().isa())

@@ -147,13 +147,28 @@ def random_prompt(rng: random.Random, vocab_size: int, length: int) -> list[int]
 
 
 def _round(engine: Engine, case: Case, rng: random.Random) -> Round:
+    prompts = [random_prompt(rng, engine.spec.vocab_size, case.context) for _ in range(case.batch)]
+    prefill_s = time_prefill(engine, prompts)
+    step_s, contexts = time_generation(engine, prompts, case.new_tokens)
+    return Round(prefill_s=prefill_s, step_s=step_s, contexts=contexts)
+
+
+def time_prefill(engine: Engine, prompts: Sequence[list[int]]) -> float:
+    """Seconds to answer each prompt with one token."""
     from skimp.decoding.params import SamplingParams
 
-    prompts = [random_prompt(rng, engine.spec.vocab_size, case.context) for _ in range(case.batch)]
-    first = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     start = time.perf_counter()
-    engine.generate(list(prompts), first)
-    prefill_s = time.perf_counter() - start
+    engine.generate(list(prompts), params)
+    return time.perf_counter() - start
+
+
+def time_generation(
+    engine: Engine, prompts: Sequence[list[int]], steps: int
+) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Seconds of each of ``steps`` steps in which every prompt gains a token, and the contexts
+    half-way through them. Raises ValueError if the engine's context ends before."""
+    from skimp.decoding.params import SamplingParams
 
     # Sequences start a few steps apart; each may run until the last one has been timed.
     params = SamplingParams(max_tokens=None, temperature=0.0, ignore_eos=True)
@@ -162,7 +177,7 @@ def _round(engine: Engine, case: Case, rng: random.Random) -> Round:
     times: list[float] = []
     middle: tuple[int, ...] = ()
     try:
-        while len(times) < case.new_tokens:
+        while len(times) < steps:
             generating = all(lengths.values())
             start = time.perf_counter()
             outputs = engine.step()
@@ -173,19 +188,19 @@ def _round(engine: Engine, case: Case, rng: random.Random) -> Round:
                 lengths[output.request_id] = len(output.outputs[0].token_ids)
                 if output.finished:
                     raise ValueError(
-                        f"context: {case.context} and {case.new_tokens} new tokens do not fit "
-                        "the engine's longest context"
+                        f"context: {len(prompts[0])} and {steps} new tokens do not fit the "
+                        f"engine's {engine.max_context}"
                     )
             if generating:
                 times.append(took)
-                if len(times) == (case.new_tokens + 1) // 2:
-                    middle = tuple(case.context + n for n in lengths.values())
+                if len(times) == (steps + 1) // 2:
+                    middle = tuple(len(p) + n for p, n in zip(prompts, lengths.values()))
     finally:
         for request_id in ids:
             engine.abort(request_id)
         while engine.has_unfinished():  # hands out what the aborts left
             engine.step()
-    return Round(prefill_s=prefill_s, step_s=tuple(times), contexts=middle)
+    return tuple(times), middle
 
 
 def _result(
