@@ -1,0 +1,1 @@
+"""Engines measured beside skimp, each run in its own process."""
