@@ -132,6 +132,8 @@ def choose_backend(
         raise OptionError("backend: native kernels were not built; reinstall with a C++ compiler")
     caches = [layout.layer_cache(index) for index in range(decoder.spec.num_layers)]
     if options.backend == "native" or (options.backend == "auto" and usable):
+        # A step walks every page once a layer: with 4 KiB pages address translation dominates.
+        native.advise_huge(buffers.arena)
         native_ops = native.NativeOps()
         decoder.bind(native_ops, caches=caches, max_positions=max_positions)
         return NativeBackend(

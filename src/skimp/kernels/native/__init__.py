@@ -5,6 +5,7 @@ extension was not built, everything here still imports and ``available()`` is Fa
 """
 
 from skimp.kernels.native.library import (
+    advise_huge,
     available,
     default_threads,
     describe,
@@ -20,6 +21,7 @@ __all__ = [
     "NativeOps",
     "PackedMatrix",
     "Program",
+    "advise_huge",
     "available",
     "default_threads",
     "describe",

@@ -9,12 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from torch import Tensor
+
 try:
     from skimp.kernels.native import _native as _module
 except ImportError:  # built without a compiler, or not for this platform
     _extension: ModuleType | None = None
 else:
     _extension = _module
+
+
+def advise_huge(buffer: Tensor) -> None:
+    """Ask the system for huge pages under a fresh CPU buffer; without effect where it has none."""
+    library().advise_huge(buffer.data_ptr(), buffer.nbytes)
 
 
 def available() -> bool:
