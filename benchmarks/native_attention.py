@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from skimp.kernels.native.library import describe, library
 from torch import Tensor
 
 from skimp.kernels.native import structs
+from skimp.kernels.native.library import describe, library
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kMinTileRows = 64, kMaxTileRows = 192;
-constexpr int kStreamBytes = 16384;  // packed at a time for few rows: stays in L1
-constexpr int kAhead = 64;           // keys that prefetching runs ahead
+constexpr int kStreamBytes = 8192;  // packed at a time for few rows: stays in L1
+constexpr int kAhead = 192;          // keys that prefetching runs ahead
 constexpr int64_t kPackCost = 8;     // packing a key costs about as much as this many rows
 
 const AttentionKernels& kernels_for(DType dtype) {

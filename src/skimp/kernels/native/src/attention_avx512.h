@@ -67,38 +67,10 @@ inline void transpose16(__m512i a[16], char* dst) {
   }
 }
 
-// The same from 16 addresses of 64 bytes. Gathering rows r, r + 4, r + 8, r + 12 into one register
-// as they are loaded halves the shuffles, of which there is one a cycle.
-inline void transpose16(const void* const* rows, int at, char* dst) {
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    __m512i a[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const auto quarter = [&](int row) {
-        const char* p = static_cast<const char*>(rows[row]) + at + 16 * c;
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-      };
-      a[r] = _mm512_castsi128_si512(quarter(r));
-      a[r] = _mm512_mask_broadcast_i32x4(a[r], 0x00f0, quarter(r + 4));
-      a[r] = _mm512_mask_broadcast_i32x4(a[r], 0x0f00, quarter(r + 8));
-      a[r] = _mm512_mask_broadcast_i32x4(a[r], 0xf000, quarter(r + 12));
-    }
-    const __m512i b0 = _mm512_unpacklo_epi32(a[0], a[1]), b1 = _mm512_unpackhi_epi32(a[0], a[1]);
-    const __m512i b2 = _mm512_unpacklo_epi32(a[2], a[3]), b3 = _mm512_unpackhi_epi32(a[2], a[3]);
-    _mm512_storeu_si512(dst + 256 * c, _mm512_unpacklo_epi64(b0, b2));
-    _mm512_storeu_si512(dst + 256 * c + 64, _mm512_unpackhi_epi64(b0, b2));
-    _mm512_storeu_si512(dst + 256 * c + 128, _mm512_unpacklo_epi64(b1, b3));
-    _mm512_storeu_si512(dst + 256 * c + 192, _mm512_unpackhi_epi64(b1, b3));
-  }
-}
-
 // A panel of keys as they lie in the cache: words of 4 bytes (one float32 or two bf16).
 inline void pack_words(const void* const* keys, int bytes, int padded_bytes, void* panel) {
   char* out = static_cast<char*>(panel);
-  int b = 0;
-  for (; b + 64 <= bytes; b += 64, out += 1024) transpose16(keys, b, out);
-  for (; b < padded_bytes; b += 64, out += 1024) {
+  for (int b = 0; b < padded_bytes; b += 64, out += 1024) {
     const __mmask64 mask = first_bytes(bytes - b);
     __m512i a[16];
 #pragma GCC unroll 16
