@@ -109,4 +109,5 @@ def describe() -> str:
     native = library()
     isa, best = native.isa(), native.best_isa()
     lowered = "" if isa == best else f" (SKIMP_ISA; this CPU has {best})"
-    return f"{isa}{lowered}, {native.get_threads()} threads"
+    threads = native.get_threads()
+    return f"{isa}{lowered}, {threads} thread{'s' if threads > 1 else ''}"

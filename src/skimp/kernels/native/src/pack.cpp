@@ -84,7 +84,11 @@ void pack_rows(const PackOp& op, int first, int last) {
           for (int k = k0; k < k1; ++k)
             std::memcpy(line + k * item, &panel[int64_t{k / PER} * PER * PANEL + k % PER], sizeof(T));
         } else {
-          for (int k = k0; k < k1; ++k)
+          int k = k0;
+          // The usual case, bfloat16 as it is: a pair is one word on both sides.
+          if (PER == 2 && op.rows_dtype == SRC_BF16)
+            for (; k + 2 <= k1; k += 2) std::memcpy(&panel[int64_t{k} * PANEL], line + 2 * k, 4);
+          for (; k < k1; ++k)
             panel[int64_t{k / PER} * PER * PANEL + k % PER] = element<T>(line, k, op.rows_dtype);
         }
       }

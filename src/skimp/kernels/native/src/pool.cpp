@@ -32,19 +32,35 @@ void cpu_relax() {
 #endif
 }
 
-using Flag = std::atomic<int32_t>;
+// A counter that threads wait on: they spin, then yield, then sleep. Counting the sleepers spares
+// the raiser a system call, which costs more than a small op (std::atomic's own notify makes one
+// every time). Either the raiser sees the sleeper or the sleeper sees the new value, since both
+// sides are sequentially consistent.
+struct alignas(64) Flag {
+  std::atomic<int32_t> value{0};
+  std::atomic<int32_t> sleepers{0};
 
-void wait_while(Flag& flag, int32_t old) {
-  for (int i = 0; i < SPINS; ++i) {
-    if (flag.load(std::memory_order_acquire) != old) return;
-    cpu_relax();
+  int32_t now() const { return value.load(std::memory_order_acquire); }
+
+  void raise() {
+    value.fetch_add(1);
+    if (sleepers.load() > 0) value.notify_all();
   }
-  for (int i = 0; i < YIELDS; ++i) {
-    if (flag.load(std::memory_order_acquire) != old) return;
-    sched_yield();
+
+  void wait_while(int32_t old) {
+    for (int i = 0; i < SPINS; ++i) {
+      if (now() != old) return;
+      cpu_relax();
+    }
+    for (int i = 0; i < YIELDS; ++i) {
+      if (now() != old) return;
+      sched_yield();
+    }
+    sleepers.fetch_add(1);
+    while (value.load() == old) value.wait(old);
+    sleepers.fetch_sub(1);
   }
-  flag.wait(old, std::memory_order_acquire);
-}
+};
 
 struct Job {
   const void* const* ops = nullptr;
@@ -62,32 +78,30 @@ class Pool {
     job_ = job;
     barrier_.size = job.threads;
     for (int i = 1; i < job.threads; ++i) {
-      members_[i]->start.fetch_add(1, std::memory_order_release);
-      members_[i]->start.notify_one();
+      members_[i]->start.raise();
     }
     work(0);
   }
 
  private:
   struct alignas(64) Member {
-    Flag start{0};
+    Flag start;
     void* scratch = std::aligned_alloc(64, SCRATCH_BYTES);
   };
 
   struct Barrier {
-    alignas(64) Flag arrived{0};
-    alignas(64) Flag phase{0};
+    alignas(64) std::atomic<int32_t> arrived{0};
+    Flag phase;
     int size = 1;
 
     void wait() {
       if (size == 1) return;
-      const int32_t phase_before = phase.load(std::memory_order_relaxed);
+      const int32_t before = phase.now();
       if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
         arrived.store(0, std::memory_order_relaxed);
-        phase.store(phase_before + 1, std::memory_order_release);
-        phase.notify_all();
+        phase.raise();
       } else {
-        wait_while(phase, phase_before);
+        phase.wait_while(before);
       }
     }
   };
@@ -100,7 +114,7 @@ class Pool {
     if (tid == 0) return;  // the calling thread
     std::thread([this, member, tid] {
       for (int32_t seen = 0;; ++seen) {
-        wait_while(member->start, seen);
+        member->start.wait_while(seen);
         work(tid);
       }
     }).detach();
