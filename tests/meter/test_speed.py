@@ -129,7 +129,8 @@ def known_machine() -> Hardware:
             "bandwidth_curve": [[1.0, 1e6]],  # arithmetic decides
             "bandwidth_gb_s": 1e6,
             "matrix_tflops": {"float32": [[1.0, 0.02], [64.0, 0.4], [512.0, 1.0]]},
-            "attention_tflops": [[1.0, 0.01], [512.0, 0.3]],
+            "attention_tflops": 0.3,
+            "attention_gb_s": 3.0,
             "overheads": {
                 "step_s": 1e-4,
                 "layer_s": 2e-5,
@@ -150,7 +151,8 @@ def test_calibration_finds_a_known_machine_again(monkeypatch: pytest.MonkeyPatch
             self.engine = None  # type: ignore[assignment]
 
         def step_s(self, batch: int, context: int) -> float:
-            return predict(step_cost(self.work, uniform(batch, context)), truth).seconds
+            # A probe's context grows by some ten tokens while it is timed.
+            return predict(step_cost(self.work, uniform(batch, context + 10)), truth).seconds
 
         def prefill_s(self, context: int, repeat: int = 3) -> float:
             cost = step_cost(self.work, uniform(1, context, tokens=context))

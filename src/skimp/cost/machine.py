@@ -19,7 +19,7 @@ from pathlib import Path
 
 from skimp.cost.hardware import Curve, Hardware, Overheads
 
-_FORMAT = 4  # of the file; raise it whenever what is measured changes
+_FORMAT = 6  # of the file; raise it whenever what is measured changes
 
 
 def cache_dir() -> Path:
@@ -68,14 +68,44 @@ def this_machine(
     key = (_FORMAT, skimp.__version__, torch.__version__, cpu_model(), os.cpu_count(), threads)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     path = cache_dir() / f"hardware-{digest}.json"
+    return kept(path, lambda: measure(threads=threads), fresh=fresh)
+
+
+def kept(path: Path, measure: Callable[[], Hardware], *, fresh: bool = False) -> Hardware:
+    """The machine in ``path``, or measured and written there.
+
+    What was measured on a busy machine is measured again once the machine is quieter.
+    """
+    load = _load()
     if not fresh:
         try:
-            return Hardware.from_dict(json.loads(path.read_text()))
+            data = json.loads(path.read_text())
+            if data["load"] <= max(BUSY, 2 * load):
+                return Hardware.from_dict(data["hardware"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
-    hardware = measure(threads=threads)
-    save_json(path, hardware.as_dict())
+    hardware = measure()
+    save_json(path, {"load": load, "hardware": hardware.as_dict()})
     return hardware
+
+
+BUSY = 0.75  # processes that wait or run, for each processor
+
+
+def _load() -> float:
+    """The last minute's load for each processor; 0 where the system does not say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return 0.0
+
+
+def busy_note() -> str | None:
+    """A warning to stand beside figures that other processes disturb, or None."""
+    load = _load()
+    if load <= BUSY + 0.5:
+        return None
+    return f"other processes are running (load {load:.1f} a processor): figures are disturbed"
 
 
 def save_json(path: Path, data: object) -> None:
@@ -111,7 +141,7 @@ def measure(*, threads: int) -> Hardware:
         bandwidth_gb_s=curve[-1][1],
         bandwidth_curve=curve,
         matrix_tflops=rates,
-        attention_tflops=((1.0, attention),),
+        attention_tflops=attention,
         memory_bytes=float(total_memory()),
         # A layer through PyTorch is some 25 operators; a step's bookkeeping some 50 more.
         overheads=Overheads(step_s=50 * dispatch, layer_s=25 * dispatch, sequence_s=10 * dispatch),
