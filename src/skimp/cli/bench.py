@@ -58,7 +58,8 @@ def bench(
       skimp bench --random-weights config.json --dtype bfloat16 --threads 2 --json
     """
     from skimp.cli.models import load_engine, model_spec, random_engine
-    from skimp.cli.output import print_json, progress_text
+    from skimp.cli.output import note, print_json, progress_text
+    from skimp.cost.machine import busy_note
     from skimp.meter.calibrate import engine_hardware
     from skimp.meter.speed import Case
     from skimp.meter.speed import bench as run
@@ -105,6 +106,8 @@ def bench(
         print_json(found[0] if len(found) == 1 else {"results": found})
     else:
         _print(model or str(random_weights), results)
+        if (warning := busy_note()) is not None:
+            note(f"note: {warning}")
 
 
 def _print(name: str, results: list[SpeedResult]) -> None:

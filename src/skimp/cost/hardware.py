@@ -56,8 +56,9 @@ class Hardware:
 
     ``bandwidth_gb_s`` is what the memory beyond all caches gives and what limits are quoted
     against. ``bandwidth_curve`` gives (working-set bytes, GB/s): a model that fits a cache is read
-    at the cache's pace. ``matrix_tflops`` gives per dtype (rows, TFLOP/s), ``attention_tflops``
-    (rows of a sequence, TFLOP/s): few rows do not fill the units.
+    at the cache's pace. ``matrix_tflops`` gives per dtype (rows, TFLOP/s): few rows do not fill
+    the units. ``attention_gb_s`` is how fast attention's kernel walks a cache, where that is slower
+    than the memory: with one query a sequence it converts more than it multiplies.
     """
 
     name: str
@@ -66,9 +67,10 @@ class Hardware:
     note: str
     bandwidth_gb_s: float
     matrix_tflops: Mapping[str, Curve]
-    attention_tflops: Curve
+    attention_tflops: float
     memory_bytes: float
     bandwidth_curve: Curve = ()
+    attention_gb_s: float | None = None
     overheads: Overheads = field(default_factory=Overheads)
     threads: int | None = None
 
@@ -84,10 +86,6 @@ class Hardware:
             known = ", ".join(sorted(self.matrix_tflops))
             raise ValueError(f"dtype: no {dtype} matrix rate is known for {self.name} ({known})")
         return interpolate(self.matrix_tflops[dtype], rows)
-
-    def attention_rate(self, rows: float) -> float:
-        """TFLOP/s of attention with ``rows`` queries a sequence."""
-        return interpolate(self.attention_tflops, rows)
 
     def limit_s(self, cost: StepCost) -> float:
         """Seconds to read the step's weights and cache once: no step can be faster."""
@@ -106,7 +104,8 @@ class Hardware:
             "bandwidth_gb_s": self.bandwidth_gb_s,
             "bandwidth_curve": [list(p) for p in self.bandwidth_curve],
             "matrix_tflops": {k: [list(p) for p in v] for k, v in self.matrix_tflops.items()},
-            "attention_tflops": [list(p) for p in self.attention_tflops],
+            "attention_tflops": self.attention_tflops,
+            "attention_gb_s": self.attention_gb_s,
             "memory_bytes": self.memory_bytes,
             "threads": self.threads,
             "overheads": {
@@ -126,7 +125,6 @@ class Hardware:
         values["matrix_tflops"] = {
             k: tuple((p[0], p[1]) for p in v) for k, v in data["matrix_tflops"].items()
         }
-        values["attention_tflops"] = tuple((p[0], p[1]) for p in data["attention_tflops"])
         values["overheads"] = Overheads(**data["overheads"])
         return cls(**values)
 
@@ -182,7 +180,9 @@ def predict(cost: StepCost, hardware: Hardware, *, dtype: str | None = None) -> 
         if term.kind == "matmul":
             rate = hardware.matrix_rate(dtype, max(1, term.rows))
         else:
-            rate = hardware.attention_rate(cost.rows / cost.sequences)
+            rate = hardware.attention_tflops
+            if hardware.attention_gb_s is not None:
+                memory = max(memory, read / hardware.attention_gb_s)
         terms.append(
             TermTime(name=term.name, memory_s=memory / 1e9, arithmetic_s=term.flops / (rate * 1e12))
         )
@@ -211,7 +211,7 @@ def named_hardware() -> dict[str, Hardware]:
             matrix_tflops=flat(
                 bfloat16=776.0, float16=776.0, float32=51.0, fp8=1400.0, int8=1400.0
             ),
-            attention_tflops=((1.0, 598.0),),
+            attention_tflops=598.0,
             memory_bytes=80e9,
             overheads=gpu,
         ),
@@ -223,7 +223,7 @@ def named_hardware() -> dict[str, Hardware]:
             bandwidth_gb_s=2039.0,
             bandwidth_curve=((1.0, 1835.0),),
             matrix_tflops=flat(bfloat16=250.0, float16=250.0, float32=15.6, int8=500.0),
-            attention_tflops=((1.0, 180.0),),
+            attention_tflops=180.0,
             memory_bytes=80e9,
             overheads=gpu,
         ),
@@ -235,7 +235,7 @@ def named_hardware() -> dict[str, Hardware]:
             bandwidth_gb_s=1008.0,
             bandwidth_curve=((1.0, 907.0),),
             matrix_tflops=flat(bfloat16=132.0, float16=132.0, float32=66.0, fp8=264.0, int8=528.0),
-            attention_tflops=((1.0, 110.0),),
+            attention_tflops=110.0,
             memory_bytes=24e9,
             overheads=gpu,
         ),
@@ -247,7 +247,7 @@ def named_hardware() -> dict[str, Hardware]:
             bandwidth_gb_s=70.0,
             bandwidth_curve=((8 << 20, 250.0), (32 << 20, 70.0)),
             matrix_tflops=flat(bfloat16=0.45, float16=0.45, float32=0.5, int8=1.5),
-            attention_tflops=((1.0, 0.2),),
+            attention_tflops=0.2,
             memory_bytes=16 * gib,
             overheads=Overheads(step_s=150e-6, layer_s=30e-6, sequence_s=40e-6),
             threads=8,
@@ -261,7 +261,7 @@ def named_hardware() -> dict[str, Hardware]:
             bandwidth_gb_s=75.0,
             bandwidth_curve=((32 << 20, 600.0), (128 << 20, 75.0)),
             matrix_tflops=flat(bfloat16=3.0, float16=1.2, float32=1.5, int8=6.0),
-            attention_tflops=((1.0, 0.8),),
+            attention_tflops=0.8,
             memory_bytes=64 * gib,
             overheads=Overheads(step_s=150e-6, layer_s=30e-6, sequence_s=40e-6),
             threads=16,
@@ -275,7 +275,7 @@ def named_hardware() -> dict[str, Hardware]:
             bandwidth_gb_s=290.0,
             bandwidth_curve=((128 << 20, 1200.0), (512 << 20, 290.0)),
             matrix_tflops=flat(bfloat16=60.0, float16=10.0, float32=6.0, int8=120.0),
-            attention_tflops=((1.0, 4.0),),
+            attention_tflops=4.0,
             memory_bytes=512 * gib,
             overheads=Overheads(step_s=150e-6, layer_s=40e-6, sequence_s=40e-6),
             threads=64,

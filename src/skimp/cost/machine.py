@@ -16,10 +16,15 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from skimp.cost.hardware import Curve, Hardware, Overheads
 
-_FORMAT = 4  # of the file; raise it whenever what is measured changes
+if TYPE_CHECKING:
+    import torch
+
+_PIECE = 4 << 20  # numbers; 16 MiB, a millisecond or so
+_FORMAT = 7  # of the file; raise it whenever what is measured changes
 
 
 def cache_dir() -> Path:
@@ -68,14 +73,44 @@ def this_machine(
     key = (_FORMAT, skimp.__version__, torch.__version__, cpu_model(), os.cpu_count(), threads)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     path = cache_dir() / f"hardware-{digest}.json"
+    return kept(path, lambda: measure(threads=threads), fresh=fresh)
+
+
+def kept(path: Path, measure: Callable[[], Hardware], *, fresh: bool = False) -> Hardware:
+    """The machine in ``path``, or measured and written there.
+
+    What was measured on a busy machine is measured again once the machine is quieter.
+    """
+    load = _load()
     if not fresh:
         try:
-            return Hardware.from_dict(json.loads(path.read_text()))
+            data = json.loads(path.read_text())
+            if data["load"] <= max(BUSY, 2 * load):
+                return Hardware.from_dict(data["hardware"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
-    hardware = measure(threads=threads)
-    save_json(path, hardware.as_dict())
+    hardware = measure()
+    save_json(path, {"load": load, "hardware": hardware.as_dict()})
     return hardware
+
+
+BUSY = 0.75  # processes that wait or run, for each processor
+
+
+def _load() -> float:
+    """The last minute's load for each processor; 0 where the system does not say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return 0.0
+
+
+def busy_note() -> str | None:
+    """A warning to stand beside figures that other processes disturb, or None."""
+    load = _load()
+    if load <= BUSY + 0.5:
+        return None
+    return f"other processes are running (load {load:.1f} a processor): figures are disturbed"
 
 
 def save_json(path: Path, data: object) -> None:
@@ -111,7 +146,7 @@ def measure(*, threads: int) -> Hardware:
         bandwidth_gb_s=curve[-1][1],
         bandwidth_curve=curve,
         matrix_tflops=rates,
-        attention_tflops=((1.0, attention),),
+        attention_tflops=attention,
         memory_bytes=float(total_memory()),
         # A layer through PyTorch is some 25 operators; a step's bookkeeping some 50 more.
         overheads=Overheads(step_s=50 * dispatch, layer_s=25 * dispatch, sequence_s=10 * dispatch),
@@ -138,21 +173,32 @@ def _bandwidth_curve() -> Curve:
     largest = min(1 << 30, total_memory() // 8)
     sizes = [1 << k for k in range(18, 31, 2) if 1 << k <= largest]
     buffer = torch.ones(sizes[-1] // 4)
-    points = []
-    for size in sizes:
-        part = buffer[: size // 4]
-        repeat = max(1, (4 << 20) // size)  # long enough for the clock
-
-        def read(part: torch.Tensor = part, repeat: int = repeat) -> None:
-            for _ in range(repeat):
-                part.sum()
-
-        points.append((float(size), size * repeat / best_s(read, seconds=0.06) / 1e9))
+    points = [(float(size), size / _pass_s(buffer[: size // 4]) / 1e9) for size in sizes]
     # A larger set is never faster but for noise: smooth from the far end.
     smooth: list[tuple[float, float]] = []
     for reach, gb_s in reversed(points):
         smooth.append((reach, max(gb_s, smooth[-1][1]) if smooth else gb_s))
     return tuple(reversed(smooth))
+
+
+def _pass_s(buffer: torch.Tensor) -> float:
+    """Seconds to read all of ``buffer`` while it is read again and again.
+
+    It is timed in pieces short enough to lie between two interruptions, in order, so that a buffer
+    larger than a cache finds none of itself there.
+    """
+    pieces = buffer.split(_PIECE)
+    repeat = max(1, (1 << 20) // buffer.numel())  # long enough for the clock
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < 8 * len(pieces) and time.perf_counter() - start < 0.25:
+        for piece in pieces:
+            begin = time.perf_counter()
+            for _ in range(repeat):
+                piece.sum()
+            times.append((time.perf_counter() - begin) / repeat)
+    times.sort()
+    return times[len(times) // 4] * len(pieces)
 
 
 def _matrix_rates(dtype: str) -> Curve:

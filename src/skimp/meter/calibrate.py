@@ -11,23 +11,30 @@ It takes a few seconds and is kept beside the machine's own figures.
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from skimp.cost import Hardware, Overheads, SequenceStep, predict, step_cost, this_machine
+from skimp.cost import (
+    Hardware,
+    Overheads,
+    SequenceStep,
+    predict,
+    step_cost,
+    this_machine,
+    uniform,
+)
 from skimp.cost.hardware import Curve
-from skimp.cost.machine import cache_dir, cpu_model, save_json
+from skimp.cost.machine import cache_dir, cpu_model, kept
 from skimp.meter.work import engine_threads, engine_work
 
 if TYPE_CHECKING:
     from skimp.engine import Engine
     from skimp.model.spec import ModelSpec
 
-_FORMAT = 1  # of the file; raise it whenever what is measured changes
+_FORMAT = 3  # of the file; raise it whenever what is measured changes
 _ROWS = (1, 4, 8, 16, 32, 64)
 _PREFILL = (128, 512)
 _SHORT, _LONG = 16, 512
@@ -61,17 +68,8 @@ def calibrated(
         deterministic, _isa(backend),
     )  # fmt: skip
     path = cache_dir() / f"engine-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
-    try:
-        return Hardware.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    found = measure_engine(
-        hardware,
-        dtype=dtype,
-        options={"backend": backend, "threads": threads, "deterministic": deterministic},
-    )
-    save_json(path, found.as_dict())
-    return found
+    options = {"backend": backend, "threads": threads, "deterministic": deterministic}
+    return kept(path, lambda: measure_engine(hardware, dtype=dtype, options=options))
 
 
 def measure_engine(hardware: Hardware, *, dtype: str, options: dict[str, Any]) -> Hardware:
@@ -103,9 +101,8 @@ def measure_engine(hardware: Hardware, *, dtype: str, options: dict[str, Any]) -
         rates += [(n, probe.prefill_rate(bare, n)) for n in _PREFILL]
         matrix: Curve = tuple((float(n), rate) for n, rate in rates)
         bare = replace(bare, matrix_tflops={**bare.matrix_tflops, dtype: matrix})
-        attention = [(1.0, probe.attention_rate(bare))]
-        attention += [(float(_LONG), probe.prefill_attention_rate(bare))]
-    return replace(bare, attention_tflops=tuple(attention))
+        bare = replace(bare, attention_tflops=probe.attention_rate(bare))
+        return replace(bare, attention_gb_s=probe.cache_rate(bare))
 
 
 class _Probe:
@@ -137,11 +134,16 @@ class _Probe:
         return [random_prompt(self.rng, self.work.embedding_rows, context) for _ in range(batch)]
 
     def step_s(self, batch: int, context: int) -> float:
-        """A step's time when nothing disturbs it: the lower quartile of some twenty."""
+        """A step's time when nothing disturbs it: the fastest of 20 to 160."""
         from skimp.meter.speed import time_generation
 
-        times, _ = time_generation(self.engine, self.prompts(batch, context), 20)
-        return statistics.quantiles(times, n=4)[0]
+        prompts = self.prompts(batch, context)
+        best, start = float("inf"), time.perf_counter()
+        for _ in range(8):
+            best = min(best, *time_generation(self.engine, prompts, 20)[0])
+            if time.perf_counter() - start > 0.6:
+                break
+        return best
 
     def prefill_s(self, context: int, repeat: int = 3) -> float:
         from skimp.meter.speed import time_prefill
@@ -158,23 +160,28 @@ class _Probe:
         return self._rate(hardware, steps, self.prefill_s(tokens), "matmul")
 
     def attention_rate(self, hardware: Hardware) -> float:
-        steps = [SequenceStep(context=_LONG)] * 4
-        return self._rate(hardware, steps, self.step_s(4, _LONG), "attention")
-
-    def prefill_attention_rate(self, hardware: Hardware) -> float:
+        """TFLOP/s of attention in a prefill."""
         steps = [SequenceStep(context=_LONG, tokens=_LONG)]
         return self._rate(hardware, steps, self.prefill_s(_LONG), "attention")
+
+    def cache_rate(self, hardware: Hardware) -> float:
+        """GB/s at which one query a sequence walks its past: what a longer past costs."""
+        few, many = _SHORT, _LONG
+        seconds = self.step_s(8, many) - self.step_s(8, few)
+        costs = [step_cost(self.work, uniform(8, n + 10)) for n in (few, many)]
+        more = costs[1].cache_read_bytes - costs[0].cache_read_bytes
+        return min(more / max(seconds, 1e-6) / 1e9, hardware.bandwidth(1.0))
 
     def _rate(
         self, hardware: Hardware, steps: Sequence[SequenceStep], seconds: float, kind: str
     ) -> float:
         cost = step_cost(self.work, steps)
-        time = predict(cost, hardware)
+        predicted = predict(cost, hardware)
         kinds = [term.kind for term in cost.terms]
-        others = sum(t.seconds for t, k in zip(time.terms, kinds) if k != kind)
+        others = sum(t.seconds for t, k in zip(predicted.terms, kinds) if k != kind)
         flops = cost.matmul_flops if kind == "matmul" else cost.attention_flops
         # Whatever is left belongs to this kind; at least a tenth, lest noise make it instant.
-        left = max(seconds - time.overhead_s - others, 0.1 * seconds)
+        left = max(seconds - predicted.overhead_s - others, 0.1 * seconds)
         return flops / left / 1e12
 
 
