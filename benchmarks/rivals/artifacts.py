@@ -237,6 +237,8 @@ def make_openvino(hf: Path, out: Path, weight_format: str | None, python: str) -
     command += ["--task", "text-generation-with-past", "--disable-convert-tokenizer"]
     if weight_format:
         command += ["--weight-format", weight_format]
+    if weight_format == "int4":  # groups of 128 where the sizes allow, else the next that fits
+        command += ["--group-size-fallback", "adjust"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(
         [*command, str(out)], capture_output=True, text=True, env=environment, check=False

@@ -40,7 +40,7 @@ def describe() -> dict[str, Any]:
         "flags": [flag for flag in NOTABLE_FLAGS if flag in flags],
         "cores": os.cpu_count(),
         "memory_gib": round(pages * page / 2**30, 1),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": f"{platform.system()} {platform.release().split('-')[0]}",
         "python": platform.python_version(),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -85,6 +86,21 @@ def cells(summary: list[dict[str, Any]], shape: str, ratios: bool) -> list[str]:
     return table(["case", *engines], rows) if rows else []
 
 
+def agreement(samples: list[Sample]) -> list[str]:
+    """How often two engines chose the same first token after the same prompt (start cases)."""
+    chosen: dict[str, dict[tuple[str, int], int]] = defaultdict(dict)
+    for sample in samples:
+        if "first_token" in sample:
+            place = sample["shape"], sample["round"]
+            chosen[sample["engine"]][place] = sample["first_token"]
+    lines = []
+    for one, other in itertools.combinations(chosen, 2):
+        shared = chosen[one].keys() & chosen[other].keys()
+        same = sum(chosen[one][place] == chosen[other][place] for place in shared)
+        lines.append(f"{one} and {other}: {same} of {len(shared)}")
+    return lines
+
+
 def others_line(samples: list[Sample]) -> str:
     """How much of the cores others took while the samples were taken."""
     shares = [sample["others_cpu"] for sample in samples if "others_cpu" in sample]
@@ -109,8 +125,12 @@ def markdown(document: dict[str, Any]) -> str:
     lines += [
         f"- {settings['threads']} threads, {settings['rounds']} rounds, engines interleaved, a "
         f"process per engine, round and kind of case; {settings['new_tokens']} new tokens"
+        + ("; real-time priority" if settings.get("realtime") else "")
     ]
     lines += [f"- cores taken by others during the samples: {others_line(document['samples'])}"]
+    fewest = min((row["rounds"] for row in summary), default=0)
+    if fewest < settings["rounds"]:
+        lines += [f"- some cases have fewer rounds, at least {fewest} (see the JSON)"]
     for engine, told in document["engines"].items():
         versions = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
         lines += [f"- {engine}: weights {told['weights']}; {versions or 'version not known'}"]
@@ -130,6 +150,12 @@ def markdown(document: dict[str, Any]) -> str:
         for engine, told in kernels.items():
             for label, found in told.items():
                 lines += [f"- {engine}, {label}: {isa_text(found)}"]
+    if same := agreement(document["samples"]):
+        lines += ["", "## Same first token", ""]
+        lines += [
+            "Engines computing the same function agree except where bfloat16 rounding decides."
+        ]
+        lines += ["", *(f"- {line}" for line in same)]
     if document["failures"]:
         lines += ["", "## Not measured", ""]
         for failure in document["failures"]:

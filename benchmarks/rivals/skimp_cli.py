@@ -86,7 +86,9 @@ class SkimpCommand:
             [*self.command, "--version"], capture_output=True, text=True, check=False
         )
         lines = done.stdout.strip().splitlines()
-        return lines[-1] if done.returncode == 0 and lines else "unknown"
+        if done.returncode != 0 or not lines:
+            return "unknown"
+        return lines[-1].removeprefix("skimp ")
 
 
 def _sample(case: Case, found: dict[tuple[int, int], dict[str, Any]]) -> dict[str, Any]:
