@@ -206,6 +206,19 @@ def test_stream_abandoned_midway_frees_its_request(engine: Engine) -> None:
     assert not engine.has_unfinished()
 
 
+def test_generate_keeps_other_requests_outputs(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    aborted = engine.add_request([4], params)
+    engine.abort(aborted)
+    other = engine.add_request([5], params)
+    assert len(engine.generate([[1], [2]], params)) == 2
+    seen = {}
+    while engine.has_unfinished():
+        seen |= {out.request_id: out for out in engine.step()}
+    assert set(seen) == {aborted, other}
+    assert len(seen[other].outputs[0].token_ids) == 2
+
+
 def test_two_threads_and_one_agree() -> None:
     requests = random_requests(6, seed=21, max_prompt=120)
     texts = []

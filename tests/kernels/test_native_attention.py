@@ -16,9 +16,8 @@ from skimp.kernels import native
 if not native.available():
     pytest.skip("the native kernels are not built", allow_module_level=True)
 
-from skimp.kernels.native.library import instruction_set, library
-
 from skimp.kernels.native import structs
+from skimp.kernels.native.library import instruction_set, library
 
 ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
 ISAS = ISAS[: ISAS.index(library().best_isa()) + 1]

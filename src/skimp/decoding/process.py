@@ -84,14 +84,14 @@ def process(logits: Tensor, rows: Sequence[RowState]) -> Processed:
     raw = logits.float()
     adjusted = adjust(raw, rows)
     if adjusted is raw:
-        # max carries NaN and +inf along, so the finiteness check is free
-        top, best = raw.max(dim=-1)
+        # the maximum carries NaN and +inf along, so the finiteness check is free
+        top, best = _top(raw)
         highest = top.tolist()
         raw_highest = highest
     else:
         # a mask may hide a NaN, so the raw row is looked at too
         raw_highest = raw.amax(dim=-1).tolist()
-        top, best = adjusted.max(dim=-1)
+        top, best = _top(adjusted)
         highest = top.tolist()
     errors = tuple(_judge(a, b) for a, b in zip(raw_highest, highest))
     sampled = tuple(
@@ -107,6 +107,16 @@ def process(logits: Tensor, rows: Sequence[RowState]) -> Processed:
     else:
         weights = raw.new_zeros((0, raw.shape[1]), dtype=torch.float64)
     return Processed(logits=adjusted, best=best, errors=errors, sampled=sampled, weights=weights)
+
+
+def _top(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest logit [L] (NaN if the row has one) and the lowest index that has it [L]."""
+    if logits.device.type != "cpu":
+        top, best = logits.max(dim=-1)
+        return top, best
+    # numpy's argmax is vectorised and several times quicker than torch's max with indices
+    best = torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.gather(-1, best[:, None])[:, 0], best
 
 
 def adjust(logits: Tensor, rows: Sequence[RowState]) -> Tensor:

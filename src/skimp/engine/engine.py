@@ -167,9 +167,7 @@ class Engine:
         try:
             for prompt, one in zip(prompts, params):
                 ids.append(self.add_request(prompt, one))
-            done: dict[str, RequestOutput] = {}
-            while len(done) < len(ids):
-                done |= {out.request_id: out for out in self.step() if out.finished}
+            done = {out.request_id: out for out in self._steps_of(ids) if out.finished}
         except BaseException:
             for request_id in ids:
                 self.abort(request_id)
@@ -185,15 +183,26 @@ class Engine:
         """
         request_id = self.add_request(prompt, params)
         try:
-            finished = False
-            while not finished:
-                for out in self.step():
-                    if out.request_id == request_id:
-                        finished = out.finished
-                        yield out
+            yield from self._steps_of([request_id])
         finally:
             self.abort(request_id)
             self._pending = [out for out in self._pending if out.request_id != request_id]
+
+    def _steps_of(self, ids: Seq[str]) -> Iterator[RequestOutput]:
+        """Step until these requests have ended; outputs of others stay for the next ``step``."""
+        waiting = set(ids)
+        others: list[RequestOutput] = []
+        try:
+            while waiting:
+                for out in self.step():
+                    if out.request_id not in waiting:
+                        others.append(out)
+                        continue
+                    if out.finished:
+                        waiting.discard(out.request_id)
+                    yield out
+        finally:
+            self._pending = others + self._pending
 
     # ---- the step -------------------------------------------------------------------------
 
