@@ -214,13 +214,25 @@ class Engine:
             assert outputs or not self._requests, "requests wait, but none could be scheduled"
             return outputs
         logits = self.runner.run(work)
+        with self.runner.sampling_threads():
+            return outputs + self._use(work, logits)
+
+    def _use(self, work: list[Work], logits: Tensor) -> list[RequestOutput]:
+        """Commit what the step computed and draw from its logits."""
+        outputs: list[RequestOutput] = []
         draws: list[tuple[Work, list[Sequence]]] = []
         lines: list[int] = []
         line = 0
         for item in work:
             line += item.num_logits
             if item.seq.wants_prompt_logprobs(item.start):
-                self._note_prompt(item, logits[line - item.num_logits : line])
+                try:
+                    self._note_prompt(item, logits[line - item.num_logits : line])
+                except ValueError as error:  # not a number: this request's trouble alone
+                    item.seq.request.error = str(error)
+                    self._finish(item.seq, "error")
+                    outputs.append(self._close(item.seq.request))
+                    continue
             if item.reaches_end:
                 first = line - 1 - len(item.draft)
                 samples = self._samples(item.seq)
@@ -246,8 +258,7 @@ class Engine:
     ) -> list[RequestOutput]:
         rows = [seq.sampling for _, samples in draws for seq in samples]
         drafts = [item.draft for item, samples in draws for _ in samples]
-        with self.runner.sampling_threads():
-            accepted = iter(self._acceptor.accept(logits, rows, drafts))
+        accepted = iter(self._acceptor.accept(logits, rows, drafts))
         outputs = []
         for item, samples in draws:
             request = item.seq.request
