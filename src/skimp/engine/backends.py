@@ -114,8 +114,7 @@ class NativeBackend:
         self._program, self._threads, self._deterministic = program, threads or 0, deterministic
 
     def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
-        native.set_deterministic(self._deterministic)
-        self._program.run(rows, num_seqs, num_logits, self._threads)
+        self._program.run(rows, num_seqs, num_logits, self._threads, self._deterministic)
         return self._logits[:num_logits]
 
 

@@ -11,7 +11,6 @@ from skimp.kernels.native.library import (
     describe,
     get_threads,
     instruction_set,
-    set_deterministic,
     set_threads,
 )
 from skimp.kernels.native.matrix import PackedMatrix
@@ -27,6 +26,5 @@ __all__ = [
     "describe",
     "get_threads",
     "instruction_set",
-    "set_deterministic",
     "set_threads",
 ]

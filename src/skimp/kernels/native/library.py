@@ -86,11 +86,6 @@ def get_threads() -> int:
     return threads
 
 
-def set_deterministic(on: bool) -> None:
-    """Make bfloat16 results independent of the number of rows (float32 ones always are)."""
-    library().set_deterministic(on)
-
-
 @contextmanager
 def instruction_set(name: str) -> Iterator[None]:
     """Run with a lower instruction set for a while (tests, benchmarks)."""

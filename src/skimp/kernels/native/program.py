@@ -44,8 +44,19 @@ class Program:
         self._pointers = (ctypes.c_void_p * len(self.ops))(*map(ctypes.addressof, self.ops))
         self._address = ctypes.addressof(self._pointers)
 
-    def run(self, rows: int, num_seqs: int = 1, num_logits: int = 0, threads: int = 0) -> None:
-        """Run over the first ``rows`` rows of the input buffers, on ``threads`` (0: default)."""
+    def run(
+        self,
+        rows: int,
+        num_seqs: int = 1,
+        num_logits: int = 0,
+        threads: int = 0,
+        deterministic: bool = False,
+    ) -> None:
+        """Run over the first ``rows`` rows of the input buffers, on ``threads`` (0: default).
+
+        ``deterministic`` makes bfloat16 results of a row independent of the number of rows;
+        float32 ones always are.
+        """
         if not (
             0 <= rows <= self.max_rows
             and 0 <= num_seqs <= self.max_seqs
@@ -56,7 +67,7 @@ class Program:
                 f"program's {self.max_rows}, {self.max_seqs} and {self.max_logits}"
             )
         assert self._pointers is not None, "the program is still being captured"
-        self._run(self._address, len(self.ops), rows, num_seqs, num_logits, threads)
+        self._run(self._address, len(self.ops), rows, num_seqs, num_logits, threads, deterministic)
 
     def external(self, *tensors: Tensor) -> list[Tensor]:
         """Those the program must keep alive. Keeping the workspace's own would stop its reuse."""

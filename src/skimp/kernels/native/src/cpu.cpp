@@ -57,7 +57,6 @@ Isa detect() { return Isa::Scalar; }
 #endif
 
 std::atomic<int> chosen{-1};
-std::atomic<bool> deterministic_mode{false};
 
 constexpr const char* NAMES[] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
 
@@ -90,8 +89,5 @@ bool parse_isa(const char* name, Isa* isa) {
   }
   return false;
 }
-
-bool deterministic() { return deterministic_mode.load(std::memory_order_relaxed); }
-void set_deterministic(bool on) { deterministic_mode = on; }
 
 }  // namespace skimp

@@ -13,9 +13,4 @@ bool set_isa(Isa isa);           // false if the CPU cannot
 const char* isa_name(Isa isa);
 bool parse_isa(const char* name, Isa* isa);
 
-// In deterministic mode a row's result does not depend on how many rows it is computed with:
-// AMX, whose order of summation differs, is not used.
-bool deterministic();
-void set_deterministic(bool on);
-
 }  // namespace skimp

@@ -91,7 +91,7 @@ void run_matmul(const void* op_, const StepInfo& step, const Team& team) {
   TileFn tile = bf16_weights ? kernels.tile_bf16 : kernels.tile_f32;
 #if defined(__x86_64__)
   const bool amx =
-      bf16_x && rows >= AMX_ROWS && current_isa() == Isa::Amx && !deterministic();
+      bf16_x && rows >= AMX_ROWS && current_isa() == Isa::Amx && !step.deterministic;
   if (amx) tile = amx_tile_bf16;
 #endif
 

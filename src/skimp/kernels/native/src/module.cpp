@@ -16,9 +16,8 @@
 
 namespace skimp {
 
-// An op whose file is not part of the build is found missing when a program that needs it runs.
-__attribute__((weak)) void run_rope_append(const void*, const StepInfo&, const Team&);
-__attribute__((weak)) void run_attend(const void*, const StepInfo&, const Team&);
+void run_rope_append(const void*, const StepInfo&, const Team&);
+void run_attend(const void*, const StepInfo&, const Team&);
 
 }  // namespace skimp
 
@@ -59,12 +58,12 @@ bool integers(PyObject* const* args, Py_ssize_t given, Py_ssize_t least, Py_ssiz
 }
 
 PyObject* run(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  long long a[6] = {};
-  if (!integers(args, given, 5, 6, a)) return nullptr;
+  long long a[7] = {};
+  if (!integers(args, given, 5, 7, a)) return nullptr;
   const auto* ops = reinterpret_cast<const void* const*>(static_cast<intptr_t>(a[0]));
   const int num_ops = static_cast<int>(a[1]);
   const StepInfo step{static_cast<int32_t>(a[2]), static_cast<int32_t>(a[3]),
-                      static_cast<int32_t>(a[4])};
+                      static_cast<int32_t>(a[4]), a[6] != 0};
   const char* failure = nullptr;
   int32_t unknown = 0;
   PyThreadState* state = PyEval_SaveThread();
@@ -102,12 +101,6 @@ PyObject* size_of(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return PyLong_FromSize_t(KINDS[kind].size);
 }
 
-PyObject* has(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  long long kind = 0;
-  if (!integers(args, given, 1, 1, &kind)) return nullptr;
-  return PyBool_FromLong(kind > 0 && kind < NUM_KINDS && KINDS[kind].fn);
-}
-
 PyObject* threads_set(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long threads = 0;
   if (!integers(args, given, 1, 1, &threads)) return nullptr;
@@ -139,13 +132,6 @@ PyObject* isa_set(PyObject*, PyObject* name) {
   Py_RETURN_NONE;
 }
 
-PyObject* deterministic_set(PyObject*, PyObject* on) {
-  const int value = PyObject_IsTrue(on);
-  if (value < 0) return nullptr;
-  set_deterministic(value);
-  Py_RETURN_NONE;
-}
-
 // Large pages make streaming through gigabytes of weights cheaper. Only advice: it may fail.
 PyObject* advise_huge(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long a[2] = {};
@@ -165,17 +151,15 @@ PyObject* advise_huge(PyObject*, PyObject* const* args, Py_ssize_t given) {
 
 PyMethodDef METHODS[] = {
     {"run", FAST(run),
-     "run(program, num_ops, rows, num_seqs, num_logits, threads=0)\n\nRun a program: the address "
-     "of an array of pointers to op structs. threads=0: as set by set_threads."},
+     "run(program, num_ops, rows, num_seqs, num_logits, threads=0, deterministic=0)\n\nRun a "
+     "program: the address of an array of pointers to op structs. threads=0: as set by "
+     "set_threads. deterministic: results of a row do not depend on the number of rows."},
     {"sizeof", FAST(size_of), "sizeof(kind): bytes of that op's struct"},
-    {"has", FAST(has), "has(kind): whether that op is built"},
     {"set_threads", FAST(threads_set), "set_threads(n): threads of later runs"},
     {"get_threads", threads_get, METH_NOARGS, "get_threads(): threads of a run"},
     {"isa", isa_get, METH_NOARGS, "isa(): name of the instruction set in use"},
     {"best_isa", isa_best, METH_NOARGS, "best_isa(): name of the best this CPU has"},
     {"set_isa", isa_set, METH_O, "set_isa(name): use a lower instruction set"},
-    {"set_deterministic", deterministic_set, METH_O,
-     "set_deterministic(on): a row's results do not depend on the number of rows"},
     {"advise_huge", FAST(advise_huge), "advise_huge(address, bytes): ask for large pages"},
     {nullptr, nullptr, 0, nullptr},
 };

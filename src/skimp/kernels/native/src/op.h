@@ -15,6 +15,9 @@ struct StepInfo {
   int32_t rows;        // query tokens in this step, all sequences together
   int32_t num_seqs;    // sequences those rows belong to
   int32_t num_logits;  // rows whose logits are wanted
+  // A row's result must not depend on how many rows it is computed with: AMX, whose order of
+  // summation differs, is not used.
+  int32_t deterministic;
 };
 
 enum DType : int32_t { F32 = 0, BF16 = 1 };
