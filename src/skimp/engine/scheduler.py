@@ -110,8 +110,7 @@ class Scheduler:
             self._no_room = False
         while self._waiting and budget and logits and not preempted and not self._no_room:
             seq = self._waiting[0][1]
-            places = 1 if seq.forked else seq.request.params.n
-            if len(self.running) + places > self.max_batch:
+            if sum(s.places for s in self.running) + seq.places > self.max_batch:
                 break
             seq.cache = self.cache.open(
                 seq.tokens if seq.request.may_reuse_prefix else [], salt=seq.request.salt
