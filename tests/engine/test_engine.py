@@ -194,9 +194,13 @@ def test_nan_logits_end_that_request_alone() -> None:
     decoder.embed_tokens.weight.data[5] = float("nan")
     engine = Engine(decoder, None, OPTIONS)
     params = SamplingParams(max_tokens=5, seed=1, ignore_eos=True, logit_bias={5: -100.0})
-    sick, well = engine.generate([[1, 5], [1, 2, 3]], params)
-    assert sick.error is not None and sick.outputs[0].finish_reason == "error"
+    scored = dataclasses.replace(params, prompt_logprobs=0)
+    prompts = [[1, 5], [1, 5, 2], [1, 2, 3]]
+    sick, scored_sick, well = engine.generate(prompts, [params, scored, params])
+    for out in (sick, scored_sick):
+        assert out.error is not None and out.outputs[0].finish_reason == "error"
     assert well.error is None and len(well.outputs[0].token_ids) == 5
+    engine.cache.audit()
 
 
 def test_stream_abandoned_midway_frees_its_request(engine: Engine) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from native_support import (
@@ -81,14 +82,11 @@ def test_pack_reads_unaligned_and_odd_values() -> None:
     halves = torch.arange(0, 65536, 7, dtype=torch.int32).to(torch.int16)[:9360]
     raw = torch.zeros(2 * halves.numel() + 1, dtype=torch.uint8)
     raw[1:] = halves.view(torch.uint8)
-    import numpy as np
-
     unaligned = np.frombuffer(raw.numpy().data, dtype=np.float16, offset=1, count=9360)
     want = halves.view(torch.float16).reshape(120, 78)
     for dtype in DTYPES:
         linear = Linear(78, 120)
-        with pytest.warns(UserWarning) if False else torch.no_grad():
-            linear.weight = torch.nn.Parameter(torch.from_numpy(unaligned).reshape(120, 78))
+        linear.weight = torch.nn.Parameter(torch.from_numpy(unaligned).reshape(120, 78))
         got = NativeOps(dtype).pack([linear]).unpack()[0]
         torch.testing.assert_close(got, want.to(dtype), rtol=0, atol=0, equal_nan=True)
 

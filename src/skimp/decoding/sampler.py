@@ -14,6 +14,7 @@ from skimp.decoding.rng import Purpose, uniforms
 from skimp.decoding.rows import RowState
 
 LogprobsMode = Literal["raw", "processed"]
+_BLOCK = 1 << 18  # logits turned into float64 at a time, to stay within a cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +132,22 @@ def prompt_logprobs(logits: Tensor, targets: Sequence[int], top: int) -> list[To
     """
     if logits.shape[0] != len(targets):
         raise ValueError(f"{logits.shape[0]} rows of logits for {len(targets)} prompt tokens")
-    found = []
-    for t, target in enumerate(targets):  # a row at a time: float64 [T, V] would not be small
-        row = logits[t].double()
-        if not bool(torch.isfinite(row.max())):
-            raise ValueError(f"non-finite logits at prompt position {t}")
-        found.append(describe(torch.log_softmax(row, dim=-1), target, top))
+    found: list[TokenLogprobs] = []
+    rows = max(1, _BLOCK // max(1, logits.shape[1]))
+    for start in range(0, len(targets), rows):
+        scores = torch.log_softmax(logits[start : start + rows].double(), dim=-1)
+        ids = torch.tensor(targets[start : start + rows], device=logits.device)
+        chosen = scores.gather(-1, ids[:, None])
+        finite = torch.isfinite(scores.amax(dim=-1))
+        if not bool(finite.all()):
+            position = start + int(finite.logical_not().nonzero()[0])
+            raise ValueError(f"non-finite logits at prompt position {position}")
+        if top:
+            found += [describe(row, int(token), top) for row, token in zip(scores, ids)]
+            continue
+        ranks = (scores > chosen).sum(dim=-1) + 1
+        found += [
+            TokenLogprobs(token_id=token, logprob=logprob, rank=rank, top=())
+            for token, logprob, rank in zip(ids.tolist(), chosen[:, 0].tolist(), ranks.tolist())
+        ]
     return found

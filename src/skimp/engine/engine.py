@@ -224,7 +224,9 @@ class Engine:
             assert outputs or not self._requests, "requests wait, but none could be scheduled"
             return outputs
         try:
-            return outputs + self._compute(work)
+            logits = self.runner.run(work)
+            with self.runner.sampling_threads():
+                return outputs + self._use(work, logits)
         except BaseException:
             self._pending = outputs
             for item in work:  # what was appended is computed again if the caller goes on
@@ -232,9 +234,9 @@ class Engine:
                     self.cache.commit(item.seq.cache, 0, [])
             raise
 
-    def _compute(self, work: list[Work]) -> list[RequestOutput]:
+    def _use(self, work: list[Work], logits: Tensor) -> list[RequestOutput]:
+        """Commit what the step computed and draw from its logits."""
         outputs: list[RequestOutput] = []
-        logits = self.runner.run(work)
         draws: list[tuple[Work, list[Sequence]]] = []
         lines: list[int] = []
         line = 0
@@ -243,7 +245,7 @@ class Engine:
             if item.seq.wants_prompt_logprobs(item.start):
                 try:
                     self._note_prompt(item, logits[line - item.num_logits : line])
-                except ValueError as error:
+                except ValueError as error:  # not a number: this request's trouble alone
                     item.seq.request.error = str(error)
                     self._finish(item.seq, "error")
                     outputs.append(self._close(item.seq.request))
@@ -273,8 +275,7 @@ class Engine:
     ) -> list[RequestOutput]:
         rows = [seq.sampling for _, samples in draws for seq in samples]
         drafts = [item.draft for item, samples in draws for _ in samples]
-        with self.runner.sampling_threads():
-            accepted = iter(self._acceptor.accept(logits, rows, drafts))
+        accepted = iter(self._acceptor.accept(logits, rows, drafts))
         outputs = []
         for item, samples in draws:
             request = item.seq.request

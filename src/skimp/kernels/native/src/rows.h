@@ -117,27 +117,27 @@ template <int ACT, class Out>
 void finish_as(const MatmulOp& op, int row0, int rows, int panel0, int num_panels,
                const float* acc) {
   constexpr int STEP = ACT == ACT_NONE ? 1 : 2;
-  for (int p = 0; p < num_panels; p += STEP) {
-    const int column0 = (panel0 + p) / STEP * PANEL;
-    for (int v = 0; v < VP; ++v) {
-      const int column = column0 + v * VW;
+  const float* bias = op.bias ? op.bias + panel0 * PANEL : nullptr;
+  for (int r = 0; r < rows; ++r, acc += ACC_STRIDE) {
+    const float* residual =
+        op.residual ? op.residual + (row0 + r) * op.residual_stride : nullptr;
+    Out* out = static_cast<Out*>(op.out) + (row0 + r) * op.out_stride;
+#pragma GCC unroll 4
+    for (int i = 0; i < num_panels / STEP * VP; ++i) {
+      const int column = panel0 / STEP * PANEL + i * VW;
       const int count = op.n - column < VW ? op.n - column : VW;
       if (count <= 0) break;
-      const int lane = p * PANEL + v * VW;
-      vf bias{}, bias_up{};
-      if (op.bias) {
-        bias = load<vf>(op.bias + panel0 * PANEL + lane);
-        if (STEP == 2) bias_up = load<vf>(op.bias + panel0 * PANEL + lane + PANEL);
+      const int lane = i / VP * STEP * PANEL + i % VP * VW;
+      vf y = load<vf>(acc + lane);
+      if (bias) y += load<vf>(bias + lane);
+      if constexpr (STEP == 2) {
+        vf up = load<vf>(acc + lane + PANEL);
+        if (bias) up += load<vf>(bias + lane + PANEL);
+        y = activate<ACT>(y) * up;
       }
-      for (int r = 0; r < rows; ++r) {
-        vf y = load<vf>(acc + r * ACC_STRIDE + lane) + bias;
-        if constexpr (STEP == 2)
-          y = activate<ACT>(y) * (load<vf>(acc + r * ACC_STRIDE + lane + PANEL) + bias_up);
-        if (op.softcap != 0.0f) y = op.softcap * vtanh(y / op.softcap);
-        if (op.residual)
-          y += load_part(op.residual + (row0 + r) * op.residual_stride + column, count);
-        store_part(static_cast<Out*>(op.out) + (row0 + r) * op.out_stride + column, y, count);
-      }
+      if (op.softcap != 0.0f) y = op.softcap * vtanh(y / op.softcap);
+      if (residual) y += load_part(residual + column, count);
+      store_part(out + column, y, count);
     }
   }
 }

@@ -1,0 +1,1 @@
+"""Everything that makes the two models packaged with skimp: `tales` and its draft."""
