@@ -139,6 +139,8 @@ class Scheduler:
         if start + known < len(seq.tokens):
             return Work(seq, start, known, 0)
         room = min(budget - known, logits - 1, seq.tokens_left - 1)
+        if seq.places > 1:
+            room = 0  # its samples may accept different parts of a draft, and share this cache
         draft = self.proposer.propose(seq.tokens, room) if room > 0 else ()
         return Work(seq, start, known, 1 + len(draft), tuple(draft))
 
