@@ -113,3 +113,13 @@ def test_samples_of_one_prompt(backend: str) -> None:
     crowd = [*random_requests(10, seed=6, max_prompt=90), (prompt, params)]
     tight = dataclasses.replace(options, cache_bytes=quarter_cache(crowd), token_budget=33)
     assert serve(build(tight), crowd)[-1] == alone
+
+
+def test_drafts_with_several_samples(backend: str) -> None:
+    prompt = [5, 6, 7, 8, 9] * 3
+    request = [(prompt, SamplingParams(max_tokens=10, seed=3, n=4))]
+    options = dataclasses.replace(BASE, backend=backend)  # type: ignore[arg-type]
+    expected = serve(build(options), request)
+    oracle = Oracle([prompt + sample for sample in expected[0]])
+    assert serve(build(options, proposer=oracle), request) == expected
+    assert oracle.proposed > 0

@@ -75,6 +75,8 @@ def plan(
 
     sequences = opt.parse_count(batch, "batch")
     tokens = None if context is None else opt.parse_count(context, "context")
+    if sequences > 1 << 20:
+        raise ValueError(f"batch: at most {1 << 20} sequences, not {sequences}")
     assumptions = Assumptions(
         kv_heads=kv_heads,
         window=opt.parse_count(window, "window"),

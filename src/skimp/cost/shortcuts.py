@@ -44,7 +44,7 @@ class Assumptions:
     def __post_init__(self) -> None:
         if not 0 <= self.acceptance <= 1:
             raise ValueError(f"acceptance: between 0 and 1, not {self.acceptance}")
-        if self.draft_cost < 0:
+        if not 0 <= self.draft_cost < float("inf"):
             raise ValueError(f"draft_cost: not negative, not {self.draft_cost}")
         for name in ("window", "global_every", "draft_tokens", "block", "block_steps"):
             if getattr(self, name) < 1:

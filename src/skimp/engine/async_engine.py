@@ -27,6 +27,8 @@ class AsyncEngine:
         self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Any]]] = {}
         self._ids = itertools.count()
         self._closing = False
+        self._stopped = False  # under the lock: nothing is queued any more
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="skimp-engine", daemon=True)
         self._thread.start()
 
@@ -54,7 +56,10 @@ class AsyncEngine:
             except Exception as error:
                 self._deliver(request_id, error)
 
-        self._calls.put(add)
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("the engine is closed")
+            self._calls.put(add)
         try:
             while True:
                 item = await outputs.get()
@@ -99,6 +104,10 @@ class AsyncEngine:
         except Exception as error:
             reason = error
             self._closing = True
+        with self._lock:
+            self._stopped = True
+        while not self._calls.empty():  # requests that came too late learn it below
+            self._calls.get()()
         for request_id in list(self._streams):
             self._deliver(request_id, reason)
             self._engine.abort(request_id)

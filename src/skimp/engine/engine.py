@@ -49,6 +49,8 @@ class Engine:
         proposer: Proposer | None = None,
     ) -> None:
         options = options or EngineOptions()
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise OptionError("device: cuda is not available to this PyTorch on this machine")
         self.spec, self.tokenizer, self.options = decoder.spec, tokenizer, options
         self.decoder = decoder
         self.dtype = decoder.dtype
@@ -126,6 +128,10 @@ class Engine:
         request_id = request_id or f"request-{arrival}"
         if request_id in self._requests:
             raise RequestError(f"request_id: {request_id!r} is already being served")
+        if not isinstance(priority, int):
+            raise RequestError(f"priority: expected a whole number, got {priority!r}")
+        if salt is not None and not isinstance(salt, str):
+            raise RequestError(f"salt: expected text, got {salt!r}")
         prompt_ids = self._encode(prompt)
         max_tokens = self._check_fits(prompt_ids, params)
         request = Request(
@@ -170,7 +176,7 @@ class Engine:
             done = {out.request_id: out for out in self._steps_of(ids) if out.finished}
         except BaseException:
             for request_id in ids:
-                self.abort(request_id)
+                self._discard(request_id)
             raise
         return [done[request_id] for request_id in ids]
 
@@ -185,24 +191,28 @@ class Engine:
         try:
             yield from self._steps_of([request_id])
         finally:
-            self.abort(request_id)
-            self._pending = [out for out in self._pending if out.request_id != request_id]
+            self._discard(request_id)
+
+    def _discard(self, request_id: str) -> None:
+        """Abort a request, whose outputs nobody waits for any more."""
+        self.abort(request_id)
+        self._pending = [out for out in self._pending if out.request_id != request_id]
 
     def _steps_of(self, ids: Seq[str]) -> Iterator[RequestOutput]:
         """Step until these requests have ended; outputs of others stay for the next ``step``."""
         waiting = set(ids)
-        others: list[RequestOutput] = []
-        try:
-            while waiting:
-                for out in self.step():
-                    if out.request_id not in waiting:
-                        others.append(out)
-                        continue
-                    if out.finished:
-                        waiting.discard(out.request_id)
-                    yield out
-        finally:
-            self._pending = others + self._pending
+        while waiting:
+            # Outputs of others are put back before any is yielded: the caller may not come back.
+            found = self._pending
+            if not any(out.request_id in waiting for out in found):
+                if waiting.isdisjoint(self._requests):
+                    raise RequestError("the outputs of this request were taken by Engine.step")
+                found = self.step()
+            self._pending = [out for out in found if out.request_id not in waiting]
+            for out in [out for out in found if out.request_id in waiting]:
+                if out.finished:
+                    waiting.discard(out.request_id)
+                yield out
 
     # ---- the step -------------------------------------------------------------------------
 
@@ -213,9 +223,16 @@ class Engine:
         if not work:
             assert outputs or not self._requests, "requests wait, but none could be scheduled"
             return outputs
-        logits = self.runner.run(work)
-        with self.runner.sampling_threads():
-            return outputs + self._use(work, logits)
+        try:
+            logits = self.runner.run(work)
+            with self.runner.sampling_threads():
+                return outputs + self._use(work, logits)
+        except BaseException:
+            self._pending = outputs
+            for item in work:  # what was appended is computed again if the caller goes on
+                if item.seq.cache is not None and item.seq.cache.pending:
+                    self.cache.commit(item.seq.cache, 0, [])
+            raise
 
     def _use(self, work: list[Work], logits: Tensor) -> list[RequestOutput]:
         """Commit what the step computed and draw from its logits."""
@@ -325,8 +342,11 @@ class Engine:
         request = item.seq.request
         noted, top = request.prompt_logprobs, request.params.prompt_logprobs
         assert noted is not None and top is not None
-        targets = request.prompt_ids[item.start + 1 : item.start + 1 + item.num_known]
-        noted.extend(prompt_logprobs(logits[: len(targets)], targets, top))
+        # After a preemption in the middle of the prompt its beginning is computed once more.
+        first = len(noted)
+        targets = request.prompt_ids[first : item.start + 1 + item.num_known]
+        skip = first - item.start - 1
+        noted.extend(prompt_logprobs(logits[skip : skip + len(targets)], targets, top))
 
     # ---- scoring --------------------------------------------------------------------------
 
@@ -348,7 +368,12 @@ class Engine:
                 raise RequestError("prompt: text needs a tokenizer, and this engine has none")
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = list(prompt)
+            try:
+                ids = list(prompt)
+            except TypeError:
+                raise RequestError(
+                    f"prompt: expected text or token ids, got {type(prompt).__name__}"
+                ) from None
             for index, token in enumerate(ids):
                 if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
                     raise RequestError(f"prompt[{index}]: expected a token id, got {token!r}")

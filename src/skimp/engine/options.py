@@ -40,6 +40,9 @@ class EngineOptions:
         for name in ("threads", "cache_bytes", "max_context"):
             if getattr(self, name) is not None:
                 self._check_count(name, getattr(self, name))
+        for name, most in (("max_batch", 1 << 14), ("token_budget", 1 << 20), ("threads", 1024)):
+            if (getattr(self, name) or 0) > most:
+                raise OptionError(f"{name}: at most {most}, got {getattr(self, name)}")
         for name in ("prefix_cache", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"{name}: expected true or false, got {getattr(self, name)!r}")

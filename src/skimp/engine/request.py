@@ -132,6 +132,11 @@ class Sequence:
         return (self.request.priority, self.request.arrival_index, self.index)
 
     @property
+    def places(self) -> int:
+        """Places in the batch that it takes, or will when the samples it stands for part."""
+        return 1 if self.forked else self.request.params.n
+
+    @property
     def tokens_left(self) -> int:
         """Output tokens that may still come."""
         return self.request.max_tokens - (len(self.tokens) - self.num_prompt)

@@ -110,8 +110,7 @@ class Scheduler:
             self._no_room = False
         while self._waiting and budget and logits and not preempted and not self._no_room:
             seq = self._waiting[0][1]
-            places = 1 if seq.forked else seq.request.params.n
-            if len(self.running) + places > self.max_batch:
+            if sum(s.places for s in self.running) + seq.places > self.max_batch:
                 break
             seq.cache = self.cache.open(
                 seq.tokens if seq.request.may_reuse_prefix else [], salt=seq.request.salt
@@ -140,6 +139,8 @@ class Scheduler:
         if start + known < len(seq.tokens):
             return Work(seq, start, known, 0)
         room = min(budget - known, logits - 1, seq.tokens_left - 1)
+        if seq.places > 1:
+            room = 0  # its samples may accept different parts of a draft, and share this cache
         draft = self.proposer.propose(seq.tokens, room) if room > 0 else ()
         return Work(seq, start, known, 1 + len(draft), tuple(draft))
 

@@ -34,6 +34,8 @@ def engine_work(engine: Engine) -> ModelWork:
 def engine_threads(engine: Engine) -> int:
     """CPU threads the engine's backend computes with."""
     if engine.backend_name == "native":
+        if engine.options.threads is not None:
+            return engine.options.threads
         from skimp.kernels import native
 
         return native.get_threads()
