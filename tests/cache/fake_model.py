@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from skimp.cache import Arena, CacheLayout, CacheManager, CacheSequence, CacheSpec
+from skimp.cache import Arena, BlockTables, CacheLayout, CacheManager, CacheSequence, CacheSpec
 from skimp.cache.prefix import PageHash, page_hash
 
 HALF = 8  # bytes of one token's keys in one layer; its values take as many
@@ -58,6 +58,7 @@ class World:
         self.texts: list[Text] = []
         self.memory = self.arena.data.numpy()
         self.tables = [np.zeros((TABLE_ROWS, 64), np.int32) for _ in self.layout.groups]
+        self.block_tables = BlockTables(self.tables)
 
     def open(self, tokens: list[int], salt: Hashable = None) -> Text:
         text = Text(self.cache.open(tokens, salt), salt, list(tokens))
@@ -70,8 +71,8 @@ class World:
         self.texts.append(twin)
         return twin
 
-    def close(self, text: Text, preempt: bool = False) -> None:
-        (self.cache.preempt if preempt else self.cache.close)(text.cache)
+    def close(self, text: Text) -> None:
+        self.cache.close(text.cache)
         self.texts.remove(text)
 
     def append(self, text: Text, new: Sequence[int]) -> bool:
@@ -93,7 +94,7 @@ class World:
     def forward(self, batch: Sequence[Text]) -> None:
         """Write every appended position through the block tables, as a kernel would, and read
         back every position that a query of this step sees."""
-        self.cache.write_block_tables([text.cache for text in batch], self.tables)
+        self.block_tables.update([text.cache for text in batch])
         for row, text in enumerate(batch):
             for group, table in enumerate(self.tables):
                 pages = list(text.cache.pages[group])

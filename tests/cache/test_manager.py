@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_model import World, chain, spec
 
-from skimp.cache import CacheManager
+from skimp.cache import BlockTables, CacheManager
 
 FULL, NEAR = spec(), spec(horizon=6)
 
@@ -189,7 +189,7 @@ def test_what_fits_can_always_finish_alone(seed: int) -> None:
     survivor = rng.choice(crowd)
     for text in crowd:
         if text is not survivor:
-            w.close(text, preempt=rng.random() < 0.5)
+            w.close(text)
     while survivor.cache.length < length:
         n = min(3, length - survivor.cache.length)
         assert w.feed(survivor, [5] * n), "stuck"
@@ -202,28 +202,28 @@ def test_block_tables_write_only_what_changed() -> None:
     a, b = w.open([1] * 6), w.open([2] * 3)
     tables = [np.full((3, 8), 7, np.int32) for _ in range(2)]
     w.feed(a, a.tokens), w.feed(b, b.tokens)
-    write = w.cache.write_block_tables
-    assert write([a.cache, b.cache], tables) == [0, 1]
+    write = BlockTables(tables).update
+    assert write([a.cache, b.cache]) == [0, 1]
     assert all((t[2] == 0).all() for t in tables)
-    assert write([a.cache, b.cache], tables) == []
+    assert write([a.cache, b.cache]) == []
     w.append(b, [2])
-    assert write([a.cache, b.cache], tables) == []  # the page was there
+    assert write([a.cache, b.cache]) == []  # the page was there
     w.commit(b, 1)
     w.append(b, [2])
-    assert write([a.cache, b.cache], tables) == [1]
-    assert write([b.cache], tables) == [0]
+    assert write([a.cache, b.cache]) == [1]
+    assert write([b.cache]) == [0]
     w.close(a)
     w.commit(b, 0)
     c = w.open([3])
     w.append(c, [3])
-    assert write([c.cache, b.cache], tables) == [0, 1]
+    assert write([c.cache, b.cache]) == [0, 1]
     assert tables[0][0].tolist() == [*c.cache.pages[0], *[0] * 7]
     with pytest.raises(ValueError, match="3 rows"):
-        write([b.cache] * 4, tables)
+        write([b.cache] * 4)
     long = w.open([0] * 40)
     w.append(long, [0] * 40)
     with pytest.raises(ValueError, match="8 columns"):
-        write([long.cache], tables)
+        write([long.cache])
 
 
 def test_stats_account_for_every_page() -> None:

@@ -50,7 +50,7 @@ def step(world: World, rng: random.Random, seen: Counter[str]) -> None:
         else:
             seen["refused"] += 1
     if rng.random() < 0.1 and batch:
-        world.close(batch.pop(), preempt=True)  # a client left between append and forward
+        world.close(batch.pop())  # a client left between append and forward
     world.audit()
     world.forward(batch)
     for text in batch:
@@ -93,7 +93,7 @@ def live(world: World, rng: random.Random, seen: Counter[str]) -> None:
                 world.close(text)
             elif action == "preempt":
                 parked.append(text)
-                world.close(text, preempt=True)
+                world.close(text)
         world.audit()
     stats = world.cache.stats()
     if stats.prefix is not None:

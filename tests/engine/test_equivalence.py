@@ -65,6 +65,17 @@ def test_native_all_ways() -> None:
     check_all_ways(random_requests(60, seed=1), "native")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_native_float32_needs_no_deterministic_mode(threads: int) -> None:
+    """On two threads the batches must give what one thread gives alone."""
+    requests = random_requests(12, seed=8, max_prompt=300)
+    plain = dataclasses.replace(BASE, deterministic=False)
+    expected = serve(build(plain), requests, together=False)
+    for budget in (512, 64, 7):
+        options = dataclasses.replace(plain, threads=threads, token_budget=budget)
+        assert serve(build(options), requests) == expected, budget
+
+
 @pytest.mark.slow
 def test_native_all_ways_300() -> None:
     check_all_ways(random_requests(300, seed=2), "native")

@@ -6,10 +6,10 @@
     arena = Arena(layout, budget_bytes, device)                # allocated once, never exceeded
     cache = CacheManager(layout, arena)
     seq = cache.open(prompt)                # seq.length tokens of it are cached already
-    tables = [np.zeros((S, width), np.int32) for _ in layout.groups]
+    tables = BlockTables([np.zeros((S, width), np.int32) for _ in layout.groups])
 
     cache.append(seq, n)                    # reserve room for n tokens; False: no room
-    cache.write_block_tables([seq], tables) # where the forward finds and writes them
+    tables.update([seq])                    # where the forward finds and writes them
     ...                                     # a forward writes positions [length, length + n)
     cache.commit(seq, k, ids)               # the first k of them stay, the others are rolled back
 

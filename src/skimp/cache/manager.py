@@ -128,7 +128,6 @@ class CacheManager:
         self._page = layout.page_tokens
         self._tree = PrefixTree(layout, arena, page_hash) if enable_prefix else None
         self._sequences: dict[CacheSequence, None] = {}
-        self._tables: BlockTables | None = None
 
     # -- a sequence's life ------------------------------------------------------------------------
 
@@ -208,14 +207,10 @@ class CacheManager:
         self._sequences[twin] = None
         return twin
 
-    def preempt(self, seq: CacheSequence) -> None:
-        """End a sequence before its time, appended tokens included. Its complete pages stay
-        reusable for as long as nobody needs the room, so that opening a sequence with the same
-        tokens resumes where possible."""
-        self.close(seq)
-
     def close(self, seq: CacheSequence) -> None:
-        """End a sequence and return its pages. Closing twice is harmless."""
+        """End a sequence, finished or not, and return its pages. Complete pages stay reusable for
+        as long as nobody needs the room, so opening a sequence with the same tokens resumes where
+        possible: that is how one is preempted. Closing twice is harmless."""
         if seq.closed:
             return
         release = self.arena.release if self._tree is None else self._tree.release
@@ -230,17 +225,6 @@ class CacheManager:
         seq.closed = True
         seq._version += 1
         del self._sequences[seq]
-
-    # -- block tables -----------------------------------------------------------------------------
-
-    def write_block_tables(
-        self, seqs: Sequence[CacheSequence], tables: Sequence[np.ndarray]
-    ) -> list[int]:
-        """Row i of every group's table (int32 [S, width]) describes ``seqs[i]``. Returns the rows
-        that changed; see :class:`BlockTables`, which this keeps for the ``tables`` given last."""
-        if self._tables is None or self._tables.tables is not tables:
-            self._tables = BlockTables(tables)
-        return self._tables.update(seqs)
 
     # -- planning ---------------------------------------------------------------------------------
 

@@ -106,8 +106,8 @@ def bench(
         print_json(found[0] if len(found) == 1 else {"results": found})
     else:
         _print(model or str(random_weights), results)
-        if (warning := busy_note()) is not None:
-            note(f"note: {warning}")
+    if (warning := busy_note()) is not None:
+        note(f"note: {warning}")
 
 
 def _print(name: str, results: list[SpeedResult]) -> None:

@@ -52,6 +52,7 @@ def chat(
     from skimp.cli.models import chat_encoder, load_engine
     from skimp.cli.output import note
     from skimp.decoding.params import SamplingParams
+    from skimp.errors import RequestError
 
     params = SamplingParams(
         max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
@@ -95,7 +96,13 @@ def chat(
         dropped -= len(messages)
         if dropped:
             note(f"[the {dropped} oldest messages no longer fit the context and are dropped]")
-        answer = _answer(engine, encode(messages), params, interactive=interactive)
+        try:
+            answer = _answer(engine, encode(messages), params, interactive=interactive)
+        except RequestError as error:
+            if not interactive:
+                raise
+            note(f"[{error}]")  # a message that is too long should not end the conversation
+            answer = None
         if answer is None:
             messages.pop()
         else:

@@ -8,6 +8,8 @@ import typer
 
 from skimp.cli import options as opt
 
+FEW_BLOCKS = 10  # a bootstrap over fewer passages says little
+
 
 def evaluate(
     model: opt.ModelArgument,
@@ -42,7 +44,7 @@ def evaluate(
       skimp eval ./model --text novel.txt --max-bytes 200k --json
     """
     from skimp.cli.models import load_engine
-    from skimp.cli.output import print_json, progress_bar
+    from skimp.cli.output import note, print_json, progress_bar
     from skimp.meter.quality import evaluate as run
 
     window = None if context is None else opt.parse_count(context, "context")
@@ -54,6 +56,11 @@ def evaluate(
     engine = load_engine(model, options)
     with progress_bar("scoring", not (quiet or json_output)) as progress:
         result = run(engine, content, context=window, max_bytes=limit, progress=progress)
+    if result.blocks < FEW_BLOCKS:
+        note(
+            f"note: the text has only {result.blocks} passages to draw from, so its interval says "
+            "little"
+        )
     if json_output:
         print_json(result.as_dict())
         return

@@ -82,6 +82,7 @@ def generate(
     """
     from skimp.cli.models import load_engine
     from skimp.cli.output import note, print_json, read_prompt
+    from skimp.cost.machine import busy_note
     from skimp.decoding.params import SamplingParams
 
     if (logprobs is not None or prompt_logprobs is not None) and not json_output:
@@ -134,6 +135,8 @@ def generate(
             print(f"[{completion.index + 1} of {n}]\n{completion.text}", flush=True)
     if not quiet:
         note(speed_line(engine, output, speed))
+        if (warning := busy_note()) is not None:
+            note(f"note: {warning}")
 
 
 def clip_max_tokens(engine: Engine, prompt: list[int], params: SamplingParams) -> SamplingParams:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from skimp.errors import OptionError
@@ -61,7 +61,3 @@ class EngineOptions:
         if getattr(self, name) not in allowed:
             listed = ", ".join(allowed)
             raise OptionError(f"{name}: expected one of {listed}, got {getattr(self, name)!r}")
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in fields(cls))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from skimp.cache import CacheSequence
 from skimp.decoding.params import SamplingParams
@@ -152,13 +150,3 @@ class Sequence:
             finish_reason=self.finish_reason,
             logprobs=self.logprobs,
         )
-
-
-def metrics_dict(metrics: Metrics) -> Mapping[str, Any]:
-    """For JSON: seconds since arrival."""
-    return {
-        "first_token_s": metrics.first_token_s,
-        "total_s": None if metrics.finished is None else metrics.finished - metrics.arrival,
-        "reused_prompt_tokens": metrics.reused_prompt_tokens,
-        "preemptions": metrics.preemptions,
-    }

@@ -69,13 +69,6 @@ class Scheduler:
         self.running.append(seq)
         self.running.sort(key=lambda s: s.rank)
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    def has_work(self) -> bool:
-        return bool(self.running or self._waiting)
-
     def remove(self, seq: Sequence) -> None:
         """Forget a finished or aborted sequence; its pages go back."""
         self._no_room = False
