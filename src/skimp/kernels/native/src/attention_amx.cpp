@@ -1,4 +1,4 @@
-// Attention with AMX: the same packed forms as AVX512-BF16, products in tile registers.
+// Attention with AMX: the same operand forms as AVX512-BF16, products in tile registers.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -106,10 +106,18 @@ void weigh(const float*, const void* probs, int, int padded, const void* values,
 
 const AttentionKernels& attention_amx() {
   static constexpr AttentionKernels kernels{
-      2,                32,    begin,
-      end,              pack_query_bf16, pack_keys_bf16,
-      pack_values_bf16, score, softmax_row<Avx512Bf16, StoreBF16, 4>,
-      weigh,            merge_row<Avx512Bf16>};
+      2,
+      32,
+      begin,
+      end,
+      pack_query_bf16,
+      read_keys_bf16,
+      read_values_bf16,
+      score,
+      softmax_row<Avx512Bf16, StoreBF16, 4>,
+      weigh,
+      merge_row<Avx512Bf16>,
+  };
   return kernels;
 }
 

@@ -99,10 +99,18 @@ void weigh(const float*, const void* probs, int rows, int padded, const void* va
 
 const AttentionKernels& attention_avx512bf16() {
   static constexpr AttentionKernels kernels{
-      2,                32,    no_begin,
-      no_end,           pack_query_bf16, pack_keys_bf16,
-      pack_values_bf16, score, softmax_row<Avx512Bf16, StoreBF16, 4>,
-      weigh,            merge_row<Avx512Bf16>};
+      2,
+      32,
+      no_begin,
+      no_end,
+      pack_query_bf16,
+      read_keys_bf16,
+      read_values_bf16,
+      score,
+      softmax_row<Avx512Bf16, StoreBF16, 4>,
+      weigh,
+      merge_row<Avx512Bf16>,
+  };
   return kernels;
 }
 
