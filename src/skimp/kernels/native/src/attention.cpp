@@ -18,7 +18,6 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kMinTileRows = 64, kMaxTileRows = 192;
-constexpr int kStreamBytes = 12288;  // read at a time for few rows: stays in L1
 constexpr int kAheadBytes = 24576;   // that prefetching runs ahead
 constexpr int64_t kReadCost = 8;     // reading a key costs about as much as this many rows
 
@@ -63,7 +62,7 @@ struct Piece {
 // The block of 16 keys or values to be prefetched next.
 struct Ahead {
   size_t piece = 0;
-  int span = 0, key = 0;
+  int span = 0, key = 0, head = 0;
   bool values = false;
 };
 
@@ -152,7 +151,7 @@ class Attention {
     const int64_t used = split ? collect_spans() : collect_items();
     ahead_ = {};
     settle();
-    const int64_t block = int64_t{kPanel} * dim_ * element_ * band_;
+    const int64_t block = int64_t{kPanel} * dim_ * element_;
     for (int64_t i = 0; i < std::max<int64_t>(2, kAheadBytes / block); ++i) prefetch();
     for (const Piece& piece : pieces_) run_piece(piece);
     if (used > 0) {
@@ -317,42 +316,38 @@ class Attention {
            (plane * op_.page_tokens + slot) * vector;
   }
 
-  // Brings keys (or values) [from, to) of the piece's heads, whole groups, into operand form. A
-  // key that no row sees has a score of its own, which is masked, so what lies there does not
-  // matter; an unseen value is multiplied by zero and must therefore be replaced.
-  void read(const Piece& piece, bool values, int from, int to, char* dst) {
-    const Tile& tile = piece.tile;
-    const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
+  // Brings keys (or values) [from, to) of a kv head, whole groups, into operand form. A key that
+  // no row sees has a score of its own, which is masked, so what lies there does not matter; an
+  // unseen value is multiplied by zero and must therefore be replaced.
+  void read(const Tile& tile, int head, bool values, int from, int to, char* dst) {
+    const int64_t bytes = int64_t{kPanel} * padded_ * kernels_.operand_bytes;
     const DType dtype = static_cast<DType>(op_.head.dtype);
-    for (int key = from; key < to; key += kPanel) {
+    for (int key = from; key < to; key += kPanel, dst += bytes) {
       const int lo = std::max(tile.lo - key, 0), hi = std::min(tile.hi - key, kPanel);
-      for (int h = 0; h < piece.heads; ++h) {
-        char* panel = dst + (int64_t{h} * (to - from) + key - from) * key_bytes;
-        if (lo >= hi) {
-          std::memset(panel, 0, kPanel * key_bytes);
-          continue;
-        }
-        const char* source = block(tile, piece.head + h, values, key);
-        if (values)
-          kernels_.read_values(source, dtype, dim_, padded_, lo, hi, panel);
-        else
-          kernels_.read_keys(source, dtype, dim_, padded_, panel);
+      if (lo >= hi) {  // there may be no page
+        std::memset(dst, 0, bytes);
+        continue;
       }
-      if (lo < hi) prefetch();
+      const char* source = block(tile, head, values, key);
+      if (values)
+        kernels_.read_values(source, dtype, dim_, padded_, lo, hi, dst);
+      else
+        kernels_.read_keys(source, dtype, dim_, padded_, dst);
+      prefetch();
     }
   }
 
-  // What will be read kAheadBytes later, in the order of reading. Pages are scattered, so the
-  // processor cannot guess them.
+  // The block that will be read kAheadBytes later. Pages are scattered, so the processor cannot
+  // guess them; within a page the order is that of addresses, which helps it.
   void prefetch() {
     Ahead& a = ahead_;
     if (a.piece == pieces_.size()) return;
     const Piece& piece = pieces_[a.piece];
+    const char* p = block(piece.tile, piece.head + a.head, a.values, a.key);
     const int64_t bytes = int64_t{kPanel} * dim_ * element_;
-    for (int h = 0; h < piece.heads; ++h) {
-      const char* p = block(piece.tile, piece.head + h, a.values, a.key);
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
-    }
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+    if (++a.head < piece.heads) return;
+    a.head = 0;
     a.key += kPanel;
     if (a.key < piece.tile.span_hi(a.span)) return;
     if (a.values) ++a.span;
@@ -383,25 +378,23 @@ class Attention {
     const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
     const int g0 = tile.span_lo(span) / kGroup * kGroup;
     const int g1 = (tile.span_hi(span) + kGroup - 1) / kGroup * kGroup;
-    const int stream = std::max(
-        kGroup, static_cast<int>(kStreamBytes / (key_bytes * piece.heads)) / kGroup * kGroup);
-    for (int k = g0; k < g1; k += stream) {
-      const int to = std::min(k + stream, g1);
-      read(piece, false, k, to, work_.keys);
-      for (int h = 0; h < piece.heads; ++h)
-        kernels_.score(work_.queries + h * rows * key_bytes, rows, padded_,
-                       work_.keys + h * (to - k) * key_bytes, (to - k) / kPanel,
-                       work_.scores + h * rows * kScoreStride + k - base);
+    for (int k = g0; k < g1; k += kGroup) {
+      const int to = k + kGroup;
+      for (int h = 0; h < piece.heads; ++h) {
+        read(tile, piece.head + h, false, k, to, work_.keys);
+        kernels_.score(work_.queries + h * rows * key_bytes, rows, padded_, work_.keys,
+                       (to - k) / kPanel, work_.scores + h * rows * kScoreStride + k - base);
+      }
     }
     softmax(0, rows * piece.heads, base, g0, g1);
-    for (int k = g0; k < g1; k += stream) {
-      const int to = std::min(k + stream, g1);
-      read(piece, true, k, to, work_.values);
-      for (int h = 0; h < piece.heads; ++h)
+    for (int k = g0; k < g1; k += kGroup) {
+      const int to = k + kGroup;
+      for (int h = 0; h < piece.heads; ++h) {
+        read(tile, piece.head + h, true, k, to, work_.values);
         kernels_.weigh(work_.scores + h * rows * kScoreStride,
-                       work_.probs + h * rows * kProbStride, rows, padded_,
-                       work_.values + h * (to - k) * key_bytes, k - base, to - k, k > g0,
-                       work_.part + h * rows * padded_);
+                       work_.probs + h * rows * kProbStride, rows, padded_, work_.values,
+                       k - base, to - k, k > g0, work_.part + h * rows * padded_);
+      }
     }
     keep(0, rows * piece.heads, shared);
   }
@@ -413,8 +406,8 @@ class Attention {
     const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
     const int g0 = tile.span_lo(span) / kGroup * kGroup;
     const int g1 = (tile.span_hi(span) + kGroup - 1) / kGroup * kGroup;
-    read(piece, false, g0, g1, work_.keys);
-    read(piece, true, g0, g1, work_.values);
+    read(tile, piece.head, false, g0, g1, work_.keys);
+    read(tile, piece.head, true, g0, g1, work_.values);
     for (int first = 0; first < rows; first += kTile) {
       const int count = std::min(kTile, rows - first);
       int lo = base + kSpan, hi = base;
