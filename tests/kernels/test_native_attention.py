@@ -353,6 +353,22 @@ def exact(shape: Shape, isa: str, length: int) -> None:
         same(past.attend([Rows(0, length - 1, 1)], isa=isa), whole[-1:])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(9, 3, 64), (6, 6, 48), (20, 20, 16), (8, 4, 33)])
+def test_a_large_batch_is_exact(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, isa: str
+) -> None:
+    """Where there are many sequences a thread takes several heads of each in turn."""
+    lengths = [1 + 37 * i % 230 for i in range(40)]
+    past = Past(Shape(heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype), lengths)
+    rows = [Rows(seq, n - 1, 1) for seq, n in enumerate(lengths)]
+    check(past, rows, isa)
+    together = past.attend(rows, isa=isa, threads=2)
+    for seq in (0, 7, 23, 39):
+        assert torch.equal(past.attend([rows[seq]], isa=isa), together[seq : seq + 1])
+
+
 def rope_reference(
     x: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool
 ) -> Tensor:
