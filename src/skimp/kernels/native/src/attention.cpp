@@ -114,6 +114,7 @@ class Attention {
         padded_((op.head_dim + kernels_.align - 1) / kernels_.align * kernels_.align),
         group_(op.num_heads / op.num_kv_heads),
         element_(op.head.dtype == F32 ? 4 : 2),
+        as_stored_(dim_ == padded_ && element_ == kernels_.operand_bytes),
         pieces_(own_pieces()) {
     const float scale = std::fabs(op.scale);
     scale_ = op.softcap > 0.0f
@@ -371,7 +372,9 @@ class Attention {
   }
 
   // One span for few rows, all heads of the piece in turn: merged into the running sums, or left
-  // at `shared`.
+  // at `shared`. Keys that have the operands' form are used where they lie;
+  // values are copied line by line even so: a group of them spans two pages, and copying one from
+  // L2 is faster than loading its tiles from there.
   void stream_span(const Piece& piece, int span, float* shared) {
     const Tile& tile = piece.tile;
     const int base = span * kSpan, rows = tile.tokens * group_;
@@ -379,21 +382,28 @@ class Attention {
     const int g0 = tile.span_lo(span) / kGroup * kGroup;
     const int g1 = (tile.span_hi(span) + kGroup - 1) / kGroup * kGroup;
     for (int k = g0; k < g1; k += kGroup) {
-      const int to = k + kGroup;
       for (int h = 0; h < piece.heads; ++h) {
-        read(tile, piece.head + h, false, k, to, work_.keys);
-        kernels_.score(work_.queries + h * rows * key_bytes, rows, padded_, work_.keys,
-                       (to - k) / kPanel, work_.scores + h * rows * kScoreStride + k - base);
+        const char* queries = work_.queries + h * rows * key_bytes;
+        float* scores = work_.scores + h * rows * kScoreStride + k - base;
+        if (as_stored_ && tile.lo < k + kPanel && tile.hi > k + kPanel) {
+          for (int key = k; key < k + kGroup; key += kPanel, scores += kPanel) {
+            kernels_.score(queries, rows, padded_, block(tile, piece.head + h, false, key), 1,
+                           scores);
+            prefetch();
+          }
+          continue;
+        }
+        read(tile, piece.head + h, false, k, k + kGroup, work_.keys);
+        kernels_.score(queries, rows, padded_, work_.keys, kGroup / kPanel, scores);
       }
     }
     softmax(0, rows * piece.heads, base, g0, g1);
     for (int k = g0; k < g1; k += kGroup) {
-      const int to = k + kGroup;
       for (int h = 0; h < piece.heads; ++h) {
-        read(tile, piece.head + h, true, k, to, work_.values);
+        read(tile, piece.head + h, true, k, k + kGroup, work_.values);
         kernels_.weigh(work_.scores + h * rows * kScoreStride,
-                       work_.probs + h * rows * kProbStride, rows, padded_, work_.values,
-                       k - base, to - k, k > g0, work_.part + h * rows * padded_);
+                       work_.probs + h * rows * kProbStride, rows, padded_, work_.values, k - base,
+                       kGroup, k > g0, work_.part + h * rows * padded_);
       }
     }
     keep(0, rows * piece.heads, shared);
@@ -486,6 +496,7 @@ class Attention {
   const Team& team_;
   const AttentionKernels& kernels_;
   const int dim_, padded_, group_, element_;
+  const bool as_stored_;  // the operands' form is the cache's
   int tile_tokens_, band_ = 1;  // tokens a tile; kv heads a piece, at most
   int64_t total_ = 0;           // cost of the whole op
   SoftmaxScale scale_;

@@ -38,7 +38,7 @@ struct AttentionKernels {
   void (*read_keys)(const void* block, DType dtype, int dim, int padded, void* dst);
   void (*read_values)(const void* block, DType dtype, int dim, int padded, int lo, int hi,
                       void* dst);
-  // scores[r][16 * i ..] of consecutive panels; num_panels is even
+  // scores[r][16 * i ..] of consecutive panels
   void (*score)(const void* q, int rows, int padded, const void* panels, int num_panels,
                 float* scores);
   // One row: keys [lo, hi) of the span are visible, probabilities are written for [g0, g1).

@@ -83,8 +83,11 @@ void score(const void* q, int, int padded, const void* panels, int num_panels, f
   for (; i + 4 <= num_panels; i += 4)
     multiply<4>(left, 2 * padded, right + i * panel_bytes, 1024, 64, panel_bytes, padded / 32,
                 false, scores + i * kPanel, kScoreStride);
-  for (; i < num_panels; i += 2)
+  for (; i + 2 <= num_panels; i += 2)
     multiply<2>(left, 2 * padded, right + i * panel_bytes, 1024, 64, panel_bytes, padded / 32,
+                false, scores + i * kPanel, kScoreStride);
+  if (i < num_panels)
+    multiply<1>(left, 2 * padded, right + i * panel_bytes, 1024, 64, panel_bytes, padded / 32,
                 false, scores + i * kPanel, kScoreStride);
 }
 

@@ -222,8 +222,10 @@ void score_f32(const void* q_, int rows, int padded, const void* panels_, int nu
   for (; i + P <= num_panels; i += P)
     score_rows<V, P>(q, rows, padded, panels + i * padded * kPanel, scores + i * kPanel);
   if constexpr (P > 2)
-    for (; i < num_panels; i += 2)
+    for (; i + 2 <= num_panels; i += 2)
       score_rows<V, 2>(q, rows, padded, panels + i * padded * kPanel, scores + i * kPanel);
+  if (i < num_panels)
+    score_rows<V, 1>(q, rows, padded, panels + i * padded * kPanel, scores + i * kPanel);
 }
 
 // R rows, N vectors of head_dim, all keys one after another.
