@@ -13,8 +13,9 @@ from tiny_models import VOCAB, random_requests, tiny_decoder, tiny_spec
 
 from skimp.decoding.params import SamplingParams
 from skimp.engine import AsyncEngine, Engine, EngineOptions
-from skimp.engine.options import OptionError
+from skimp.engine.options import Backend, OptionError
 from skimp.errors import RequestError, SkimpError
+from skimp.kernels import native
 from skimp.kernels.ops import StepInputs
 from skimp.kernels.plain import PlainOps
 
@@ -102,6 +103,16 @@ def test_options_at_odds_with_the_model() -> None:
         Engine(tiny_decoder(), None, dataclasses.replace(OPTIONS, max_context=4096))
     with pytest.raises(OptionError, match="cache_bytes"):
         Engine(tiny_decoder(), None, dataclasses.replace(OPTIONS, cache_bytes=1000))
+
+
+@pytest.mark.skipif(not native.available(), reason="native kernels are not built")
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_native_pages_are_whole_blocks(backend: Backend) -> None:
+    options = dataclasses.replace(OPTIONS, page_tokens=24, backend=backend)
+    with pytest.raises(
+        OptionError, match="page_tokens: the native backend needs a multiple of 16, got 24"
+    ):
+        Engine(tiny_decoder(), None, options)
 
 
 def test_never_fits_is_refused_and_the_rest_served() -> None:

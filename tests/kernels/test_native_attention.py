@@ -22,6 +22,7 @@ from skimp.kernels.native.library import instruction_set, library
 ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
 ISAS = ISAS[: ISAS.index(library().best_isa()) + 1]
 F32_ISAS = [isa for isa in ISAS if isa in ("scalar", "avx2", "avx512")]
+BLOCK = 16  # tokens whose keys, or values, lie together in a page
 # One rounding of probabilities and one of the result, relative to values of about 1.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2.5e-2}
 
@@ -60,6 +61,38 @@ def quiet_torch() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def blocks_of_keys(rows: Tensor) -> Tensor:
+    """[heads, tokens, dim] as op.h stores it: [heads, tokens / 16, 16 * dim]."""
+    heads, tokens, dim = rows.shape
+    rows = rows.view(heads, tokens // BLOCK, BLOCK, dim)
+    if rows.dtype == torch.float32:
+        return rows.transpose(2, 3).flatten(2)
+    paired = rows[..., : dim // 2 * 2].unflatten(3, (-1, 2)).transpose(2, 3).flatten(2)
+    return torch.cat([paired, rows[..., dim // 2 * 2 :].flatten(2)], 2)
+
+
+def blocks_of_values(rows: Tensor) -> Tensor:
+    heads, tokens, dim = rows.shape
+    if rows.dtype == torch.float32:
+        return rows.view(heads, tokens // BLOCK, BLOCK * dim)
+    paired = rows.view(heads, tokens // BLOCK, BLOCK // 2, 2, dim).transpose(3, 4)
+    return paired.flatten(2)
+
+
+def rows_of_keys(blocks: Tensor, dim: int) -> Tensor:
+    if blocks.dtype == torch.float32:
+        return blocks.unflatten(2, (dim, BLOCK)).transpose(2, 3).flatten(1, 2)
+    paired, last = blocks.split([dim // 2 * 2 * BLOCK, dim % 2 * BLOCK], 2)
+    rows = paired.unflatten(2, (dim // 2, BLOCK, 2)).transpose(2, 3).flatten(3)
+    return torch.cat([rows, last.unflatten(2, (BLOCK, dim % 2))], 3).flatten(1, 2)
+
+
+def rows_of_values(blocks: Tensor, dim: int) -> Tensor:
+    if blocks.dtype == torch.float32:
+        return blocks.unflatten(2, (BLOCK, dim)).flatten(1, 2)
+    return blocks.unflatten(2, (BLOCK // 2, dim, 2)).transpose(3, 4).flatten(1, 3)
 
 
 class Past:
@@ -102,12 +135,12 @@ class Past:
         self.pages = pages
 
     def page(self, seq: int, index: int) -> Tensor:
-        """[2, kv_heads, page, dim]: the keys and values of a page, a view."""
+        """[2, kv_heads, page / 16, 16 * dim]: a page's blocks of keys and values, a view."""
         shape = self.shape
         start = 64 * int(self.table[seq, index]) + self.offset
         count = 2 * shape.kv_heads * shape.page * shape.dim
         flat = self.arena[start : start + count * shape.dtype.itemsize].view(shape.dtype)
-        return flat.view(2, shape.kv_heads, shape.page, shape.dim)
+        return flat.view(2, shape.kv_heads, shape.page // BLOCK, BLOCK * shape.dim)
 
     def fill(self, seq: int) -> None:
         size = self.shape.page
@@ -115,13 +148,20 @@ class Past:
             part = slice(index * size, (index + 1) * size)
             keys, values = self.keys[seq][:, part], self.values[seq][:, part]
             page = self.page(seq, index)
-            page[0, :, : keys.shape[1]] = keys
-            page[1, :, : values.shape[1]] = values
+            rows = torch.full((2, self.shape.kv_heads, size, self.shape.dim), math.nan)
+            rows = rows.to(self.shape.dtype)
+            rows[0, :, : keys.shape[1]] = keys
+            rows[1, :, : values.shape[1]] = values
+            page[0] = blocks_of_keys(rows[0])
+            page[1] = blocks_of_values(rows[1])
 
     def stored(self, seq: int) -> tuple[Tensor, Tensor]:
-        pages = torch.cat([self.page(seq, i) for i in range(self.pages[seq])], dim=2)
-        n = self.lengths[seq]
-        return pages[0, :, :n], pages[1, :, :n]
+        """[kv_heads, length, dim] of keys and of values, as rows."""
+        pages = [self.page(seq, i) for i in range(self.pages[seq])]
+        n, dim = self.lengths[seq], self.shape.dim
+        keys = torch.cat([rows_of_keys(page[0], dim) for page in pages], dim=1)
+        values = torch.cat([rows_of_values(page[1], dim) for page in pages], dim=1)
+        return keys[:, :n], values[:, :n]
 
     def meta(self, rows: Sequence[Rows]) -> tuple[structs.RowMeta, list[Tensor]]:
         positions = [p for r in rows for p in range(r.first, r.first + r.count)]
@@ -205,7 +245,7 @@ MIXED_LENGTHS = [100, 613, 1, 1032]
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [16, 20, 48, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("dim", [1, 15, 16, 20, 33, 48, 64, 72, 80, 96, 128, 256])
 def test_head_sizes(dim: int, dtype: torch.dtype, isa: str) -> None:
     check(Past(Shape(dim=dim, dtype=dtype), MIXED_LENGTHS), MIXED, isa)
 
@@ -226,12 +266,12 @@ def test_grouped_heads(heads: int, kv_heads: int, dtype: torch.dtype, isa: str) 
 def test_windows_caps_and_sinks(
     window: int, softcap: float, sinks: bool, dtype: torch.dtype, isa: str
 ) -> None:
-    shape = Shape(dtype=dtype, window=window, softcap=softcap, sinks=sinks, page=7)
+    shape = Shape(dtype=dtype, window=window, softcap=softcap, sinks=sinks, page=48)
     check(Past(shape, MIXED_LENGTHS), MIXED, isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("page", [1, 3, 16, 32, 50, 2048])
+@pytest.mark.parametrize("page", [16, 32, 48, 112, 2048])
 def test_page_sizes(page: int, isa: str) -> None:
     check(Past(Shape(page=page, dtype=torch.bfloat16), MIXED_LENGTHS), MIXED, isa)
 
@@ -313,6 +353,22 @@ def exact(shape: Shape, isa: str, length: int) -> None:
         same(past.attend([Rows(0, length - 1, 1)], isa=isa), whole[-1:])
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(9, 3, 64), (6, 6, 48), (20, 20, 16), (8, 4, 33)])
+def test_a_large_batch_is_exact(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, isa: str
+) -> None:
+    """Where there are many sequences a thread takes several heads of each in turn."""
+    lengths = [1 + 37 * i % 230 for i in range(40)]
+    past = Past(Shape(heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype), lengths)
+    rows = [Rows(seq, n - 1, 1) for seq, n in enumerate(lengths)]
+    check(past, rows, isa)
+    together = past.attend(rows, isa=isa, threads=2)
+    for seq in (0, 7, 23, 39):
+        assert torch.equal(past.attend([rows[seq]], isa=isa), together[seq : seq + 1])
+
+
 def rope_reference(
     x: Tensor, norm: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool
 ) -> Tensor:
@@ -337,14 +393,15 @@ def rope_reference(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(
-    "dim, rotary, interleaved", [(64, 64, False), (64, 64, True), (80, 20, False), (20, 0, False)]
+    "dim, rotary, interleaved",
+    [(64, 64, False), (64, 64, True), (80, 20, False), (33, 32, False), (20, 0, False)],
 )
 def test_rope_append(
     dim: int, rotary: int, interleaved: bool, norm: bool, dtype: torch.dtype, isa: str
 ) -> None:
     if isa not in ISAS:
         pytest.skip("this CPU has no such instructions")
-    shape = Shape(heads=6, kv_heads=2, dim=dim, page=5, dtype=dtype)
+    shape = Shape(heads=6, kv_heads=2, dim=dim, page=32, dtype=dtype)
     past = Past(shape, [40, 9])
     past.scatter(5)
     rows = [Rows(0, 13, 27), Rows(1, 8, 1)]
@@ -367,7 +424,7 @@ def test_rope_append(
         op.cos, op.sin = cos.data_ptr(), sin.data_ptr()
     op.layer_offset, op.norm_eps = past.offset, 1e-6
     op.num_heads, op.num_kv_heads, op.head_dim = 6, 2, dim
-    op.rotary_dim, op.interleaved, op.page_tokens = rotary, interleaved, 5
+    op.rotary_dim, op.interleaved, op.page_tokens = rotary, interleaved, 32
     before = past.arena.clone()
     run(op, 28, 2, isa, threads=3)
     del alive
@@ -387,13 +444,64 @@ def test_rope_append(
     )
     assert torch.equal(got_v.transpose(0, 1), v.to(dtype))
     # Nothing else was touched.
-    for seq, seen in ((0, slice(13, 40)), (1, slice(8, 9))):
-        for x in past.stored(seq):
-            x[:, seen] = math.nan
     for row in rows:
-        for position in range(row.first, row.first + row.count):
-            past.page(row.seq, position // 5)[:, :, position % 5] = math.nan
+        slots = range(row.first, row.first + row.count)
+        for index in range(past.pages[row.seq]):
+            page = past.page(row.seq, index)
+            keys, values = rows_of_keys(page[0], dim), rows_of_values(page[1], dim)
+            for slot in slots:
+                if slot // 32 == index:
+                    keys[:, slot % 32] = values[:, slot % 32] = math.nan
+            page[0], page[1] = blocks_of_keys(keys), blocks_of_values(values)
     assert torch.equal(past.arena, before)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [33, 48, 64])
+def test_append_then_attend(dim: int, dtype: torch.dtype, isa: str) -> None:
+    """Sequences that grow by random chunks, each attended as soon as it is appended."""
+    lengths = [90, 531, 47]
+    past = Past(Shape(dim=dim, dtype=dtype), lengths, seed=8)
+    past.scatter(4)  # nothing is written yet: unwritten slots are NaN
+    draw = torch.Generator().manual_seed(dim)
+    done = [0, 0, 0]
+    while done != lengths:
+        rows = []
+        for seq, length in enumerate(lengths):
+            left = length - done[seq]
+            chunk = int(torch.randint(0, 40, (1,), generator=draw)) if left < 400 else left - 60
+            if min(chunk, left) > 0:
+                rows.append(Rows(seq, done[seq], min(chunk, left)))
+        if rows:
+            append(past, rows, isa)
+            for row in rows:
+                done[row.seq] += row.count
+            check(past, rows, isa)
+    for seq in range(len(lengths)):
+        keys, values = past.stored(seq)
+        assert torch.equal(keys, past.keys[seq]) and torch.equal(values, past.values[seq])
+
+
+def append(past: Past, rows: Sequence[Rows], isa: str) -> None:
+    """Writes the rows' keys and values as they are, without rotation."""
+    shape = past.shape
+    parts = []
+    for r in rows:
+        part = slice(r.first, r.first + r.count)
+        kv = (x[r.seq][:, part].float() for x in (past.keys, past.values))
+        heads = (x.transpose(0, 1).flatten(1) for x in kv)
+        parts.append(torch.cat([past.queries[r.seq][part].flatten(1), *heads], 1))
+    qkv = torch.cat(parts)
+    op = structs.RopeAppendOp()
+    op.head = structs.OpHeader(structs.ROPE_APPEND, structs.DTYPES[shape.dtype])
+    op.meta, alive = past.meta(rows)
+    op.qkv, op.qkv_stride = qkv.data_ptr(), qkv.stride(0)
+    op.layer_offset = past.offset
+    op.num_heads, op.num_kv_heads, op.head_dim = shape.heads, shape.kv_heads, shape.dim
+    op.page_tokens = shape.page
+    run(op, len(qkv), len(past.lengths), isa, threads=3)
+    del alive
 
 
 def test_no_rows() -> None:

@@ -14,7 +14,8 @@ class CacheSpec:
     is read, else the number of latest tokens, the current one included, that a query can see.
     ``atomic`` marks a state that cannot be cut at a token: it rolls back and is shared only at
     checkpoints. ``kind`` and ``shape`` tell a kernel how to read a page: for ``kind="kv"`` the
-    shape is (kv_heads, head_dim) of one token's keys, and a page stores keys then values.
+    shape is (kv_heads, head_dim) of one token's keys, and a page stores keys then values,
+    in an order of its backend's own: nothing else may look inside.
 
     Layers with equal specs form one cache group and share one block table.
     """

@@ -12,6 +12,7 @@ from skimp.cache import Arena, CacheLayout
 from skimp.engine.options import EngineOptions
 from skimp.errors import OptionError
 from skimp.kernels import native
+from skimp.kernels.native import structs
 from skimp.kernels.ops import StepInputs
 from skimp.kernels.plain import PlainOps
 from skimp.model.decoder import Decoder
@@ -131,6 +132,11 @@ def choose_backend(
         raise OptionError("backend: native kernels were not built; reinstall with a C++ compiler")
     caches = [layout.layer_cache(index) for index in range(decoder.spec.num_layers)]
     if options.backend == "native" or (options.backend == "auto" and usable):
+        if options.page_tokens % structs.PANEL:
+            raise OptionError(
+                f"page_tokens: the native backend needs a multiple of {structs.PANEL}, "
+                f"got {options.page_tokens}"
+            )
         # A step walks every page once a layer: with 4 KiB pages address translation dominates.
         native.advise_huge(buffers.arena)
         native_ops = native.NativeOps()

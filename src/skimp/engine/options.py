@@ -19,7 +19,8 @@ class EngineOptions:
     ``max_context`` tokens need, but at most a quarter of the free memory). ``token_budget`` is the
     most prompt and generated tokens one step computes. ``deterministic`` makes every request's
     tokens independent of what else is in the batch, bit by bit; float32 on the native backend is
-    so anyway. ``max_context`` defaults to the model's own limit.
+    so anyway. ``max_context`` defaults to the model's own limit. ``page_tokens`` must be a multiple
+    of 16 on the native backend.
     """
 
     dtype: DTypeName = "auto"

@@ -63,7 +63,10 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """Where one layer's share of a cache page lies: page start + ``offset`` bytes."""
+    """Where one layer's share of a cache page lies: page start + ``offset`` bytes.
+
+    How keys and values are laid out there is private to a backend.
+    """
 
     spec: CacheSpec
     group: int  # index into StepInputs.block_tables

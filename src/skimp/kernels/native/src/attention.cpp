@@ -1,6 +1,6 @@
 // Attention over the paged cache: who computes what, and where the numbers lie. The arithmetic is
 // in attention_*.cpp. Few rows (generation) stream keys and values once for all query heads that
-// share them; many rows (prefill) pack a span of them once for a tile of rows. Both call the same
+// share them; many rows (prefill) read a span of them once for a tile of rows. Both call the same
 // kernels in the same order for a row, so they give the same bits.
 #include "attention.h"
 
@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "cpu.h"
 
@@ -17,9 +18,8 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kMinTileRows = 64, kMaxTileRows = 192;
-constexpr int kStreamBytes = 8192;  // packed at a time for few rows: stays in L1
-constexpr int kAhead = 192;          // keys that prefetching runs ahead
-constexpr int64_t kPackCost = 8;     // packing a key costs about as much as this many rows
+constexpr int kAheadBytes = 24576;   // that prefetching runs ahead
+constexpr int64_t kReadCost = 8;     // reading a key costs about as much as this many rows
 
 const AttentionKernels& kernels_for(DType dtype) {
 #if defined(__x86_64__)
@@ -51,9 +51,30 @@ struct Tile {
   int span_hi(int span) const { return std::min(hi, (span + 1) * kSpan); }
 };
 
+// Spans of a tile that one thread reads for adjacent kv heads.
+struct Piece {
+  Tile tile;
+  int head, heads;
+  int first_span, end_span;
+  float* part;  // in shared memory, or null: the piece is a whole item
+};
+
+// The block of 16 keys or values to be prefetched next.
+struct Ahead {
+  size_t piece = 0;
+  int span = 0, key = 0, head = 0;
+  bool values = false;
+};
+
+// Kept from op to op, so that a step allocates nothing.
+std::vector<Piece>& own_pieces() {
+  thread_local std::vector<Piece> pieces;
+  return pieces;
+}
+
 // A thread's working memory, carved from one block.
 struct Workspace {
-  char *queries, *keys, *values, *zero;
+  char *queries, *keys, *values;
   uint16_t* probs;
   float *scores, *part, *acc, *max, *sum;
   int *lo, *hi;
@@ -67,7 +88,6 @@ struct Workspace {
     };
     const auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(4 * n)); };
     const size_t row = size_t{4} * padded;
-    zero = take(row);
     queries = take(rows * row);
     scores = floats(kTile * kScoreStride);
     probs = reinterpret_cast<uint16_t*>(take(2 * kTile * kProbStride));
@@ -93,7 +113,9 @@ class Attention {
         dim_(op.head_dim),
         padded_((op.head_dim + kernels_.align - 1) / kernels_.align * kernels_.align),
         group_(op.num_heads / op.num_kv_heads),
-        element_(op.head.dtype == F32 ? 4 : 2) {
+        element_(op.head.dtype == F32 ? 4 : 2),
+        as_stored_(dim_ == padded_ && element_ == kernels_.operand_bytes),
+        pieces_(own_pieces()) {
     const float scale = std::fabs(op.scale);
     scale_ = op.softcap > 0.0f
                  ? SoftmaxScale{op.softcap * kLog2E, 2.0f * kLog2E * scale / op.softcap}
@@ -106,6 +128,16 @@ class Attention {
   }
 
   void run() {
+    int tiles = 0;
+    for_each_tile([&](const Tile&) { ++tiles; });
+    // Few tiles: their spans are shared out, head by head, and merged afterwards in order.
+    // Many: a thread takes several heads of a sequence in turn, for they lie side by side.
+    const int64_t heads = int64_t{tiles} * op_.num_kv_heads, wanted = int64_t{4} * team_.size;
+    const bool split = team_.size > 1 && heads < wanted;
+    band_ = split ? 1 : static_cast<int>(std::clamp<int64_t>(heads / wanted, 1, kTile));
+    total_ = 0;
+    for_each_item([&](const Tile& tile, int, int, int64_t, int64_t price) { total_ += price; });
+
     const int rows = (std::min(tile_tokens_, step_.rows) * group_ + kTile - 1) / kTile * kTile;
     const size_t bytes = work_.layout(nullptr, rows, padded_, kernels_.operand_bytes);
     std::unique_ptr<void, decltype(&std::free)> own(nullptr, &std::free);
@@ -115,30 +147,33 @@ class Attention {
       base = static_cast<char*>(own.get());
     }
     work_.layout(base, rows, padded_, kernels_.operand_bytes);
-    std::memset(work_.zero, 0, size_t{4} * padded_);
 
-    int64_t items = 0, total = 0;
-    for_each_tile([&](const Tile& tile) {
-      items += op_.num_kv_heads;
-      total += op_.num_kv_heads * cost(tile, tile.lo, tile.hi);
-    });
-    // Few items: their spans are shared out and merged afterwards, in the same order.
-    if (team_.size > 1 && items < int64_t{4} * team_.size)
-      run_spans(total);
-    else
-      run_items(total);
+    pieces_.clear();
+    const int64_t used = split ? collect_spans() : collect_items();
+    ahead_ = {};
+    settle();
+    const int64_t block = int64_t{kPanel} * dim_ * element_;
+    for (int64_t i = 0; i < std::max<int64_t>(2, kAheadBytes / block); ++i) prefetch();
+    for (const Piece& piece : pieces_) run_piece(piece);
+    if (used > 0) {
+      team_.barrier();
+      for_each_shared([&](const Tile& tile, int head, int64_t before, int64_t price, int64_t at) {
+        if (at >= 0 && owner(before, price) == team_.tid)
+          merge_shared(tile, head, static_cast<float*>(team_.shared) + at);
+      });
+    }
     kernels_.end();
   }
 
  private:
   int64_t cost(const Tile& tile, int lo, int hi) const {
-    return 1 + int64_t{std::max(0, hi - lo)} * (tile.tokens * group_ + kPackCost);
+    return 1 + int64_t{std::max(0, hi - lo)} * (tile.tokens * group_ + kReadCost);
   }
 
   // Contiguous shares of about equal cost: the thread in whose share the middle of the piece is.
-  int owner(int64_t before, int64_t cost, int64_t total) const {
+  int owner(int64_t before, int64_t cost) const {
     return static_cast<int>(
-        std::min<int64_t>(team_.size - 1, (before + cost / 2) * team_.size / total));
+        std::min<int64_t>(team_.size - 1, (before + cost / 2) * team_.size / total_));
   }
 
   template <class Visit>
@@ -162,38 +197,42 @@ class Attention {
     return op_.window > 0 ? std::max(0, op_.meta.positions[row] - op_.window + 1) : 0;
   }
 
-  void run_items(int64_t total) {
+  // Calls visit(tile, first kv head, number of kv heads, cost before it, its cost).
+  template <class Visit>
+  void for_each_item(Visit visit) const {
     int64_t before = 0;
     for_each_tile([&](const Tile& tile) {
+      const int band = std::clamp(kTile / (tile.tokens * group_), 1, band_);
       const int64_t price = cost(tile, tile.lo, tile.hi);
-      for (int head = 0; head < op_.num_kv_heads; ++head, before += price)
-        if (owner(before, price, total) == team_.tid) run_item(tile, head);
+      for (int head = 0; head < op_.num_kv_heads; head += band) {
+        const int heads = std::min(band, op_.num_kv_heads - head);
+        visit(tile, head, heads, before, price * heads);
+        before += price * heads;
+      }
     });
   }
 
-  void run_item(const Tile& tile, int head) {
-    start(tile, head);
-    for (int span = tile.first_span(); span < tile.end_span(); ++span)
-      run_span(tile, head, span, nullptr);
-    finish(tile, head);
+  int64_t collect_items() {
+    for_each_item([&](const Tile& tile, int head, int heads, int64_t before, int64_t price) {
+      if (owner(before, price) == team_.tid)
+        pieces_.push_back({tile, head, heads, tile.first_span(), tile.end_span(), nullptr});
+    });
+    return 0;
   }
 
-  // An item whose spans have several owners leaves one part a span in shared memory.
+  // An item whose spans have several owners leaves one part a span in shared memory: calls
+  // visit(tile, head, cost before it, its cost, where its parts begin or -1).
   template <class Visit>
-  int64_t for_each_shared(int64_t total, Visit visit) const {
-    int64_t before = 0, used = 0;
+  int64_t for_each_shared(Visit visit) const {
+    int64_t used = 0;
     const int64_t room = team_.shared ? static_cast<int64_t>(team_.shared_bytes / 4) : 0;
-    for_each_tile([&](const Tile& tile) {
-      for (int head = 0; head < op_.num_kv_heads; ++head) {
-        const int64_t price = cost(tile, tile.lo, tile.hi);
-        const int64_t size = int64_t{tile.end_span() - tile.first_span()} * part_floats(tile);
-        const int first = owner(before, 1, total), last = owner(before + price - 1, 1, total);
-        const bool split = first != last && tile.end_span() - tile.first_span() > 1 &&
-                           used + size <= room;
-        visit(tile, head, before, price, split ? used : -1);
-        if (split) used += size;
-        before += price;
-      }
+    for_each_item([&](const Tile& tile, int head, int, int64_t before, int64_t price) {
+      const int64_t size = int64_t{tile.end_span() - tile.first_span()} * part_floats(tile);
+      const int first = owner(before, 1), last = owner(before + price - 1, 1);
+      const bool split =
+          first != last && tile.end_span() - tile.first_span() > 1 && used + size <= room;
+      visit(tile, head, before, price, split ? used : -1);
+      if (split) used += size;
     });
     return used;
   }
@@ -202,33 +241,27 @@ class Attention {
     return int64_t{tile.tokens} * group_ * (padded_ + 2);
   }
 
-  void run_spans(int64_t total) {
-    const int64_t used = for_each_shared(
-        total, [&](const Tile& tile, int head, int64_t before, int64_t price, int64_t at) {
+  int64_t collect_spans() {
+    return for_each_shared(
+        [&](const Tile& tile, int head, int64_t before, int64_t price, int64_t at) {
           if (at < 0) {
-            if (owner(before, price, total) == team_.tid) run_item(tile, head);
+            if (owner(before, price) == team_.tid)
+              pieces_.push_back({tile, head, 1, tile.first_span(), tile.end_span(), nullptr});
             return;
           }
-          bool started = false;
+          Piece piece{tile, head, 1, 0, 0, nullptr};
           float* part = static_cast<float*>(team_.shared) + at;
           for (int span = tile.first_span(); span < tile.end_span(); ++span) {
-            const int64_t piece = cost(tile, tile.span_lo(span), tile.span_hi(span));
-            if (owner(before, piece, total) == team_.tid) {
-              if (!started) start(tile, head);
-              started = true;
-              run_span(tile, head, span, part);
+            const int64_t share = cost(tile, tile.span_lo(span), tile.span_hi(span));
+            if (owner(before, share) == team_.tid) {
+              if (!piece.part) piece.part = part, piece.first_span = span;
+              piece.end_span = span + 1;
             }
-            before += piece;
+            before += share;
             part += part_floats(tile);
           }
+          if (piece.part) pieces_.push_back(piece);
         });
-    if (used == 0) return;
-    team_.barrier();
-    for_each_shared(total,
-                    [&](const Tile& tile, int head, int64_t before, int64_t price, int64_t at) {
-                      if (at >= 0 && owner(before, price, total) == team_.tid)
-                        merge_shared(tile, head, static_cast<float*>(team_.shared) + at);
-                    });
   }
 
   void merge_shared(const Tile& tile, int head, const float* part) {
@@ -238,110 +271,153 @@ class Attention {
       for (int r = 0; r < rows; ++r, part += padded_ + 2)
         kernels_.merge(part + 2, part[0], part[1], padded_, work_.acc + int64_t{r} * padded_,
                        work_.max + r, work_.sum + r);
-    finish(tile, head);
+    finish(tile, head, 1);
   }
 
-  void start(const Tile& tile, int head) {
+  void run_piece(const Piece& piece) {
+    start(piece);
+    float* part = piece.part;
+    for (int span = piece.first_span; span < piece.end_span; ++span) {
+      if (piece.tile.tokens * group_ <= kTile)
+        stream_span(piece, span, part);
+      else
+        run_span(piece, span, part);
+      if (part) part += part_floats(piece.tile);
+    }
+    if (!part) finish(piece.tile, piece.head, piece.heads);
+  }
+
+  // Rows are ordered by kv head, then by token, then by query head.
+  void start(const Piece& piece) {
+    const Tile& tile = piece.tile;
     const int rows = tile.tokens * group_;
     kernels_.begin(rows);
     char* to = work_.queries;
-    for (int t = 0; t < tile.tokens; ++t) {
-      const int row = tile.first + t;
-      const float* q = op_.q + row * op_.q_stride + int64_t{head} * group_ * dim_;
-      for (int g = 0; g < group_; ++g, q += dim_, to += padded_ * kernels_.operand_bytes)
-        kernels_.pack_query(q, op_.scale < 0.0f ? -1.0f : 1.0f, dim_, padded_, to);
-      std::fill_n(work_.lo + t * group_, group_, row_lo(row));
-      std::fill_n(work_.hi + t * group_, group_, op_.meta.kv_end[row]);
+    for (int h = 0; h < piece.heads; ++h) {
+      for (int t = 0; t < tile.tokens; ++t) {
+        const int row = tile.first + t;
+        const float* q = op_.q + row * op_.q_stride + int64_t{piece.head + h} * group_ * dim_;
+        for (int g = 0; g < group_; ++g, q += dim_, to += padded_ * kernels_.operand_bytes)
+          kernels_.pack_query(q, op_.scale < 0.0f ? -1.0f : 1.0f, dim_, padded_, to);
+        std::fill_n(work_.lo + h * rows + t * group_, group_, row_lo(row));
+        std::fill_n(work_.hi + h * rows + t * group_, group_, op_.meta.kv_end[row]);
+      }
     }
-    std::fill_n(work_.sum, rows, 0.0f);
+    std::fill_n(work_.sum, rows * piece.heads, 0.0f);
   }
 
-  // Calls visit(key, address, count) for runs of keys (or values) that lie side by side.
-  template <class Visit>
-  void for_each_run(const Tile& tile, int head, bool values, int from, int to,
-                    Visit visit) const {
+  // The block of 16 keys or values at `key`.
+  const char* block(const Tile& tile, int head, bool values, int key) const {
     const RowMeta& meta = op_.meta;
     const int32_t* table = meta.block_table + meta.row_seq[tile.first] * meta.table_stride;
+    const int page = key / op_.page_tokens, slot = key - page * op_.page_tokens;
     const int64_t vector = int64_t{dim_} * element_;
-    const int64_t plane = op_.page_tokens * vector;
-    const int64_t offset = op_.layer_offset + plane * (head + (values ? op_.num_kv_heads : 0));
-    for (int key = from; key < to;) {
-      const int page = key / op_.page_tokens, slot = key - page * op_.page_tokens;
-      const int count = std::min(op_.page_tokens - slot, to - key);
-      visit(key, meta.arena + int64_t{64} * table[page] + offset + slot * vector, count);
-      key += count;
+    const int64_t plane = head + (values ? op_.num_kv_heads : 0);
+    return meta.arena + int64_t{64} * table[page] + op_.layer_offset +
+           (plane * op_.page_tokens + slot) * vector;
+  }
+
+  // Brings keys (or values) [from, to) of a kv head, whole groups, into operand form. A key that
+  // no row sees has a score of its own, which is masked, so what lies there does not matter; an
+  // unseen value is multiplied by zero and must therefore be replaced.
+  void read(const Tile& tile, int head, bool values, int from, int to, char* dst) {
+    const int64_t bytes = int64_t{kPanel} * padded_ * kernels_.operand_bytes;
+    const DType dtype = static_cast<DType>(op_.head.dtype);
+    for (int key = from; key < to; key += kPanel, dst += bytes) {
+      const int lo = std::max(tile.lo - key, 0), hi = std::min(tile.hi - key, kPanel);
+      if (lo >= hi) {  // there may be no page
+        std::memset(dst, 0, bytes);
+        continue;
+      }
+      const char* source = block(tile, head, values, key);
+      if (values)
+        kernels_.read_values(source, dtype, dim_, padded_, lo, hi, dst);
+      else
+        kernels_.read_keys(source, dtype, dim_, padded_, dst);
+      prefetch();
     }
   }
 
-  // Where 16 keys or values lie; those that no row of the tile sees are read as zeros, for what
-  // lies there may be anything.
-  void locate(const Tile& tile, int head, bool values, int first, const void** at) const {
-    const int64_t vector = int64_t{dim_} * element_;
-    const int lo = std::max(first, tile.lo), hi = std::min(first + kPanel, tile.hi);
-    if (hi - lo < kPanel) std::fill_n(at, kPanel, work_.zero);
-    for_each_run(tile, head, values, lo, hi, [&](int key, const char* p, int count) {
-      for (int i = 0; i < count; ++i) at[key - first + i] = p + i * vector;
-    });
-  }
-
-  // Packs keys (or values) [from, to) of the sequence, whole groups.
-  void pack(const Tile& tile, int head, bool values, int from, int to, char* dst) const {
-    const void* at[kPanel];
-    const auto kernel = values ? kernels_.pack_values : kernels_.pack_keys;
-    for (int key = from; key < to; key += kPanel) {
-      locate(tile, head, values, key, at);
-      prefetch(tile, head, values, key);
-      kernel(at, static_cast<DType>(op_.head.dtype), dim_, padded_, dst);
-      dst += int64_t{kPanel} * padded_ * kernels_.operand_bytes;
+  // The block that will be read kAheadBytes later. Pages are scattered, so the processor cannot
+  // guess them; within a page the order is that of addresses, which helps it.
+  void prefetch() {
+    Ahead& a = ahead_;
+    if (a.piece == pieces_.size()) return;
+    const Piece& piece = pieces_[a.piece];
+    const char* p = block(piece.tile, piece.head + a.head, a.values, a.key);
+    const int64_t bytes = int64_t{kPanel} * dim_ * element_;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+    if (++a.head < piece.heads) return;
+    a.head = 0;
+    a.key += kPanel;
+    if (a.key < piece.tile.span_hi(a.span)) return;
+    if (a.values) ++a.span;
+    a.values = !a.values;
+    if (a.span < piece.end_span) {
+      a.key = piece.tile.span_lo(a.span) / kPanel * kPanel;
+    } else {
+      ++a.piece;
+      settle();
     }
   }
 
-  // What will be packed kAhead keys later: after a span's keys come its values, then the next
-  // span's keys. Pages are scattered, so the processor cannot guess them.
-  void prefetch(const Tile& tile, int head, bool values, int key) const {
-    const int span = key / kSpan, end = tile.span_hi(span);
-    int from = key + kAhead;
-    if (!values && from >= end) {
-      values = true;
-      from += tile.span_lo(span) - end;
-    } else if (from >= end) {
-      values = false;
-    }
-    const int to = std::min(from + kPanel, tile.hi);
-    for_each_run(tile, head, values, std::max(from, tile.lo), to,
-                 [&](int, const char* p, int count) {
-                   const char* last = p + int64_t{count} * dim_ * element_;
-                   for (; p < last; p += 64) __builtin_prefetch(p);
-                 });
+  // To the beginning of the next piece that reads anything.
+  void settle() {
+    Ahead& a = ahead_;
+    while (a.piece < pieces_.size() && pieces_[a.piece].first_span >= pieces_[a.piece].end_span)
+      ++a.piece;
+    if (a.piece == pieces_.size()) return;
+    a.span = pieces_[a.piece].first_span;
+    a.key = pieces_[a.piece].tile.span_lo(a.span) / kPanel * kPanel;
   }
 
-  // One span for all rows of the tile: merged into the running sums, or left at `shared`.
-  void run_span(const Tile& tile, int head, int span, float* shared) {
+  // One span for few rows, all heads of the piece in turn: merged into the running sums, or left
+  // at `shared`. Keys that have the operands' form are used where they lie;
+  // values are copied line by line even so: a group of them spans two pages, and copying one from
+  // L2 is faster than loading its tiles from there.
+  void stream_span(const Piece& piece, int span, float* shared) {
+    const Tile& tile = piece.tile;
     const int base = span * kSpan, rows = tile.tokens * group_;
     const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
     const int g0 = tile.span_lo(span) / kGroup * kGroup;
     const int g1 = (tile.span_hi(span) + kGroup - 1) / kGroup * kGroup;
-    if (rows <= kTile) {
-      const int stream =
-          std::max(2 * kGroup, static_cast<int>(kStreamBytes / key_bytes) / kGroup * kGroup);
-      for (int k = g0; k < g1; k += stream) {
-        const int to = std::min(k + stream, g1);
-        pack(tile, head, false, k, to, work_.keys);
-        kernels_.score(work_.queries, rows, padded_, work_.keys, (to - k) / kPanel,
-                       work_.scores + k - base);
+    for (int k = g0; k < g1; k += kGroup) {
+      for (int h = 0; h < piece.heads; ++h) {
+        const char* queries = work_.queries + h * rows * key_bytes;
+        float* scores = work_.scores + h * rows * kScoreStride + k - base;
+        if (as_stored_ && tile.lo < k + kPanel && tile.hi > k + kPanel) {
+          for (int key = k; key < k + kGroup; key += kPanel, scores += kPanel) {
+            kernels_.score(queries, rows, padded_, block(tile, piece.head + h, false, key), 1,
+                           scores);
+            prefetch();
+          }
+          continue;
+        }
+        read(tile, piece.head + h, false, k, k + kGroup, work_.keys);
+        kernels_.score(queries, rows, padded_, work_.keys, kGroup / kPanel, scores);
       }
-      softmax(0, rows, base, g0, g1);
-      for (int k = g0; k < g1; k += stream) {
-        const int to = std::min(k + stream, g1);
-        pack(tile, head, true, k, to, work_.values);
-        kernels_.weigh(work_.scores, work_.probs, rows, padded_, work_.values, k - base, to - k,
-                       k > g0, work_.part);
-      }
-      keep(0, rows, shared);
-      return;
     }
-    pack(tile, head, false, g0, g1, work_.keys);
-    pack(tile, head, true, g0, g1, work_.values);
+    softmax(0, rows * piece.heads, base, g0, g1);
+    for (int k = g0; k < g1; k += kGroup) {
+      for (int h = 0; h < piece.heads; ++h) {
+        read(tile, piece.head + h, true, k, k + kGroup, work_.values);
+        kernels_.weigh(work_.scores + h * rows * kScoreStride,
+                       work_.probs + h * rows * kProbStride, rows, padded_, work_.values, k - base,
+                       kGroup, k > g0, work_.part + h * rows * padded_);
+      }
+    }
+    keep(0, rows * piece.heads, shared);
+  }
+
+  // The same for one head and many rows, which share what is read.
+  void run_span(const Piece& piece, int span, float* shared) {
+    const Tile& tile = piece.tile;
+    const int base = span * kSpan, rows = tile.tokens * group_;
+    const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
+    const int g0 = tile.span_lo(span) / kGroup * kGroup;
+    const int g1 = (tile.span_hi(span) + kGroup - 1) / kGroup * kGroup;
+    read(tile, piece.head, false, g0, g1, work_.keys);
+    read(tile, piece.head, true, g0, g1, work_.values);
     for (int first = 0; first < rows; first += kTile) {
       const int count = std::min(kTile, rows - first);
       int lo = base + kSpan, hi = base;
@@ -391,10 +467,11 @@ class Attention {
     }
   }
 
-  void finish(const Tile& tile, int head) const {
-    for (int r = 0; r < tile.tokens * group_; ++r) {
-      const int query_head = head * group_ + r % group_;
-      const int64_t at = (tile.first + r / group_) * op_.out_stride + int64_t{query_head} * dim_;
+  void finish(const Tile& tile, int head, int heads) const {
+    for (int r = 0; r < tile.tokens * group_ * heads; ++r) {
+      const int query_head = (head + r / (tile.tokens * group_)) * group_ + r % group_;
+      const int token = tile.first + r / group_ % tile.tokens;
+      const int64_t at = token * op_.out_stride + int64_t{query_head} * dim_;
       const float sum = work_.sum[r];
       float weight = sum > 0.0f ? 1.0f / sum : 0.0f;
       if (op_.sinks && sum > 0.0f) {
@@ -419,9 +496,13 @@ class Attention {
   const Team& team_;
   const AttentionKernels& kernels_;
   const int dim_, padded_, group_, element_;
-  int tile_tokens_;
+  const bool as_stored_;  // the operands' form is the cache's
+  int tile_tokens_, band_ = 1;  // tokens a tile; kv heads a piece, at most
+  int64_t total_ = 0;           // cost of the whole op
   SoftmaxScale scale_;
   Workspace work_;
+  std::vector<Piece>& pieces_;
+  Ahead ahead_;
   float part_max_[kTile], part_sum_[kTile];
 };
 

@@ -10,8 +10,8 @@
 namespace skimp {
 
 constexpr int kSpan = 512;                // keys whose softmax is computed together
-constexpr int kGroup = 32;                // keys packed at a time
-constexpr int kPanel = 16;                // keys side by side in a packed panel
+constexpr int kGroup = 32;                // keys multiplied at a time
+constexpr int kPanel = 16;                // keys side by side in a panel
 constexpr int kTile = 16;                 // rows that pass through the kernels together
 constexpr int kScoreStride = kSpan + 16;  // floats; padded so that rows do not share cache sets
 constexpr int kProbStride = kSpan + 32;   // the same for bf16 probabilities
@@ -22,8 +22,8 @@ struct SoftmaxScale {
   float tanh_factor;  // 0: no softcap; else tanh(score * scale / cap) needs exp2(score * this)
 };
 
-// Packed forms, for operands of 4 bytes (float32) or 2 (bf16); `padded` is head_dim rounded up
-// to `align`, and padding is zero:
+// Operand forms, for operands of 4 bytes (float32) or 2 (bf16); `padded` is head_dim rounded up
+// to `align`, and padding is zero. But for the padding they are the cache's own forms (op.h):
 //   query  [padded]
 //   key    panels of 16 keys: float32 [padded][16], bf16 [padded / 2][16][2]
 //   value  float32 [key][padded], bf16 [key / 2][padded][2]
@@ -34,17 +34,18 @@ struct AttentionKernels {
   void (*begin)(int rows);  // before and after a run of score/weigh with at most `rows` rows
   void (*end)();
   void (*pack_query)(const float* q, float sign, int dim, int padded, void* dst);
-  // 16 keys given by pointers to their head_dim numbers.
-  void (*pack_keys)(const void* const* keys, DType dtype, int dim, int padded, void* panel);
-  void (*pack_values)(const void* const* values, DType dtype, int dim, int padded, void* dst);
-  // scores[r][16 * i ..] of consecutive panels; num_panels is even
+  // A block of 16 keys or values from the cache. Values outside [lo, hi) become zero.
+  void (*read_keys)(const void* block, DType dtype, int dim, int padded, void* dst);
+  void (*read_values)(const void* block, DType dtype, int dim, int padded, int lo, int hi,
+                      void* dst);
+  // scores[r][16 * i ..] of consecutive panels
   void (*score)(const void* q, int rows, int padded, const void* panels, int num_panels,
                 float* scores);
   // One row: keys [lo, hi) of the span are visible, probabilities are written for [g0, g1).
   // Returns the largest exponent and the sum of probabilities.
   void (*softmax)(float* scores, void* probs, int lo, int hi, int g0, int g1,
                   const SoftmaxScale& scale, float* max, float* sum);
-  // out[r][padded] (+)= probabilities [key0, key0 + num_keys) times values packed from key0 on
+  // out[r][padded] (+)= probabilities [key0, key0 + num_keys) times values from key0 on
   void (*weigh)(const float* scores, const void* probs, int rows, int padded, const void* values,
                 int key0, int num_keys, bool accumulate, float* out);
   // Adds a span's part (out, max, sum) of one row to the running one.

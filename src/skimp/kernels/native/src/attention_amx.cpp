@@ -1,4 +1,4 @@
-// Attention with AMX: the same packed forms as AVX512-BF16, products in tile registers.
+// Attention with AMX: the same operand forms as AVX512-BF16, products in tile registers.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -83,8 +83,11 @@ void score(const void* q, int, int padded, const void* panels, int num_panels, f
   for (; i + 4 <= num_panels; i += 4)
     multiply<4>(left, 2 * padded, right + i * panel_bytes, 1024, 64, panel_bytes, padded / 32,
                 false, scores + i * kPanel, kScoreStride);
-  for (; i < num_panels; i += 2)
+  for (; i + 2 <= num_panels; i += 2)
     multiply<2>(left, 2 * padded, right + i * panel_bytes, 1024, 64, panel_bytes, padded / 32,
+                false, scores + i * kPanel, kScoreStride);
+  if (i < num_panels)
+    multiply<1>(left, 2 * padded, right + i * panel_bytes, 1024, 64, panel_bytes, padded / 32,
                 false, scores + i * kPanel, kScoreStride);
 }
 
@@ -106,10 +109,18 @@ void weigh(const float*, const void* probs, int, int padded, const void* values,
 
 const AttentionKernels& attention_amx() {
   static constexpr AttentionKernels kernels{
-      2,                32,    begin,
-      end,              pack_query_bf16, pack_keys_bf16,
-      pack_values_bf16, score, softmax_row<Avx512Bf16, StoreBF16, 4>,
-      weigh,            merge_row<Avx512Bf16>};
+      2,
+      32,
+      begin,
+      end,
+      pack_query_bf16,
+      read_keys_bf16,
+      read_values_bf16,
+      score,
+      softmax_row<Avx512Bf16, StoreBF16, 4>,
+      weigh,
+      merge_row<Avx512Bf16>,
+  };
   return kernels;
 }
 

@@ -1,4 +1,4 @@
-// Attention with AVX2 and FMA, in float32; bf16 caches are widened as they are packed.
+// Attention with AVX2 and FMA, in float32; bf16 caches are widened as they are read.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -53,71 +53,22 @@ struct Avx2 {
   }
 };
 
-// Eight numbers from position d; past `dim` they are zero and memory is not touched.
-inline __m256 load8(const void* row, DType dtype, int dim, int d) {
-  const char* p = static_cast<const char*>(row);
-  if (dtype == F32) {
-    if (d + 8 <= dim) return _mm256_loadu_ps(reinterpret_cast<const float*>(p) + d);
-    float tail[8] = {};
-    std::memcpy(tail, p + 4 * d, 4 * (dim - d));
-    return _mm256_loadu_ps(tail);
-  }
-  uint16_t tail[8] = {};
-  const void* from = p + 2 * d;
-  if (d + 8 > dim) from = std::memcpy(tail, from, 2 * (dim - d));
-  const __m128i bits = _mm_loadu_si128(static_cast<const __m128i*>(from));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-// Eight keys by eight dimensions, transposed.
-inline void transpose8(const void* const* rows, DType dtype, int dim, int d, float* dst) {
-  __m256 a[8], b[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = load8(rows[i], dtype, dim, d);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(dst + i * kPanel, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-    _mm256_storeu_ps(dst + (i + 4) * kPanel, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-  }
-}
-
-void pack_keys(const void* const* keys, DType dtype, int dim, int padded, void* panel) {
-  float* out = static_cast<float*>(panel);
-  const int blocks = (dim + 7) / 8 * 8;
-  for (int d = 0; d < blocks; d += 8) {
-    transpose8(keys, dtype, dim, d, out + d * kPanel);
-    transpose8(keys + 8, dtype, dim, d, out + d * kPanel + 8);
-  }
-  std::memset(out + blocks * kPanel, 0, sizeof(float) * (padded - blocks) * kPanel);
-}
-
-void pack_values(const void* const* values, DType dtype, int dim, int padded, void* dst) {
-  float* out = static_cast<float*>(dst);
-  for (int j = 0; j < kPanel; ++j, out += padded)
-    for (int d = 0; d < padded; d += 8)
-      _mm256_storeu_ps(out + d, d < dim ? load8(values[j], dtype, dim, d) : _mm256_setzero_ps());
-}
-
 }  // namespace
 
 const AttentionKernels& attention_avx2() {
   static constexpr AttentionKernels kernels{
-      4,           16,          no_begin,
-      no_end,      pack_query_f32, pack_keys,
-      pack_values, score_f32<Avx2>, softmax_row<Avx2, StoreF32, 5>,
-      weigh_f32<Avx2>, merge_row<Avx2>};
+      4,
+      16,
+      no_begin,
+      no_end,
+      pack_query_f32,
+      read_keys_f32,
+      read_values_f32,
+      score_f32<Avx2>,
+      softmax_row<Avx2, StoreF32, 5>,
+      weigh_f32<Avx2>,
+      merge_row<Avx2>,
+  };
   return kernels;
 }
 

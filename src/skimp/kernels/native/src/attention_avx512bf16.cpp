@@ -77,8 +77,11 @@ void score(const void* q, int rows, int padded, const void* panels, int num_pane
   for (; i + 4 <= num_panels; i += 4)
     multiply_rows<4>(rows, left, 2 * padded, right + i * panel_bytes, 64, panel_bytes, padded / 2,
                      false, scores + i * kPanel, kScoreStride);
-  for (; i < num_panels; i += 2)
+  for (; i + 2 <= num_panels; i += 2)
     multiply_rows<2>(rows, left, 2 * padded, right + i * panel_bytes, 64, panel_bytes, padded / 2,
+                     false, scores + i * kPanel, kScoreStride);
+  if (i < num_panels)
+    multiply_rows<1>(rows, left, 2 * padded, right + i * panel_bytes, 64, panel_bytes, padded / 2,
                      false, scores + i * kPanel, kScoreStride);
 }
 
@@ -99,10 +102,18 @@ void weigh(const float*, const void* probs, int rows, int padded, const void* va
 
 const AttentionKernels& attention_avx512bf16() {
   static constexpr AttentionKernels kernels{
-      2,                32,    no_begin,
-      no_end,           pack_query_bf16, pack_keys_bf16,
-      pack_values_bf16, score, softmax_row<Avx512Bf16, StoreBF16, 4>,
-      weigh,            merge_row<Avx512Bf16>};
+      2,
+      32,
+      no_begin,
+      no_end,
+      pack_query_bf16,
+      read_keys_bf16,
+      read_values_bf16,
+      score,
+      softmax_row<Avx512Bf16, StoreBF16, 4>,
+      weigh,
+      merge_row<Avx512Bf16>,
+  };
   return kernels;
 }
 

@@ -1,4 +1,4 @@
-// Packing and softmax for bf16 operands: AVX512-BF16 and AMX use the same packed forms.
+// Reading and softmax for bf16 operands: AVX512-BF16 and AMX use the same forms.
 // Included inside a target that has avx512bf16.
 #include "attention_avx512.h"
 
@@ -14,29 +14,39 @@ struct Avx512Bf16 : Avx512 {
 inline void pack_query_bf16(const float* q, float sign, int dim, int padded, void* dst) {
   uint16_t* out = static_cast<uint16_t*>(dst);
   for (int d = 0; d < padded; d += 16)
-    Avx512Bf16::store_bf16(out + d, _mm512_mul_ps(load16(q, F32, dim, d), _mm512_set1_ps(sign)));
+    Avx512Bf16::store_bf16(out + d, _mm512_mul_ps(load16(q, dim, d), _mm512_set1_ps(sign)));
 }
 
-inline void pack_keys_bf16(const void* const* keys, DType, int dim, int padded, void* panel) {
-  pack_words(keys, 2 * dim, 2 * padded, panel);
+inline void copy_lines(const char* from, int64_t bytes, char* to) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
 }
 
-// Two keys' values side by side, dimension by dimension.
-inline void pack_values_bf16(const void* const* values, DType, int dim, int padded, void* dst) {
+inline void read_keys_bf16(const void* block, DType, int dim, int padded, void* dst) {
+  const char* in = static_cast<const char*>(block);
   char* out = static_cast<char*>(dst);
-  // Unpacking works within 128-bit lanes; this order makes its result contiguous.
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  for (int j = 0; j < kPanel; j += 2, out += 4 * padded) {
-    const char* x = static_cast<const char*>(values[j]);
-    const char* y = static_cast<const char*>(values[j + 1]);
-    for (int d = 0; d < padded; d += 32) {
-      const __mmask64 mask = first_bytes(2 * (dim - d));
-      const __m512i a =
-          _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(mask, x + 2 * d));
-      const __m512i b =
-          _mm512_permutexvar_epi64(order, _mm512_maskz_loadu_epi8(mask, y + 2 * d));
-      _mm512_storeu_si512(out + 4 * d, _mm512_unpacklo_epi16(a, b));
-      _mm512_storeu_si512(out + 4 * d + 64, _mm512_unpackhi_epi16(a, b));
+  const int pairs = dim / 2;
+  copy_lines(in, 64 * pairs, out);
+  if (dim % 2) {
+    const __m256i last = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + 64 * pairs));
+    _mm512_storeu_si512(out + 64 * pairs, _mm512_cvtepu16_epi32(last));
+  }
+  for (int i = (dim + 1) / 2; i < padded / 2; ++i)
+    _mm512_storeu_si512(out + 64 * i, _mm512_setzero_si512());
+}
+
+inline void read_values_bf16(const void* block, DType, int dim, int padded, int lo, int hi,
+                             void* dst) {
+  const char* in = static_cast<const char*>(block);
+  char* out = static_cast<char*>(dst);
+  if (dim == padded && lo == 0 && hi == kPanel) return copy_lines(in, 32 * dim, out);
+  for (int j = 0; j < kPanel; j += 2, in += 4 * dim, out += 4 * padded) {
+    const uint32_t even = j >= lo && j < hi ? 0xffffu : 0;
+    const uint32_t odd = j + 1 >= lo && j + 1 < hi ? 0xffff0000u : 0;
+    const __m512i seen = _mm512_set1_epi32(static_cast<int>(even | odd));
+    for (int d = 0; d < padded; d += 16) {
+      const __m512i x = _mm512_maskz_loadu_epi8(first_bytes(4 * (dim - d)), in + 4 * d);
+      _mm512_storeu_si512(out + 4 * d, _mm512_and_si512(x, seen));
     }
   }
 }

@@ -126,6 +126,53 @@ inline void pack_query_f32(const float* q, float sign, int dim, int padded, void
   for (int d = dim; d < padded; ++d) out[d] = 0.0f;
 }
 
+// Widening a pair is a shift and a mask; plain loops, which compilers vectorize.
+inline void widen_pairs(const char* pairs, int count, float* even, float* odd) {
+  for (int i = 0; i < count; ++i) {
+    uint32_t both;
+    std::memcpy(&both, pairs + 4 * i, 4);
+    const uint32_t bits[2] = {both << 16, both & 0xffff0000u};
+    std::memcpy(even + i, bits, 4);
+    std::memcpy(odd + i, bits + 1, 4);
+  }
+}
+
+inline void read_keys_f32(const void* block, DType dtype, int dim, int padded, void* dst) {
+  float* out = static_cast<float*>(dst);
+  const char* in = static_cast<const char*>(block);
+  if (dtype == F32) {
+    std::memcpy(out, in, sizeof(float) * kPanel * dim);
+  } else {
+    int d = 0;
+    for (; d + 2 <= dim; d += 2)
+      widen_pairs(in + 2 * kPanel * d, kPanel, out + d * kPanel, out + (d + 1) * kPanel);
+    for (int j = 0; d < dim && j < kPanel; ++j) {
+      uint16_t bits;
+      std::memcpy(&bits, in + 2 * kPanel * d + 2 * j, 2);
+      out[d * kPanel + j] = to_float(bits);
+    }
+  }
+  std::memset(out + dim * kPanel, 0, sizeof(float) * (padded - dim) * kPanel);
+}
+
+inline void read_values_f32(const void* block, DType dtype, int dim, int padded, int lo, int hi,
+                            void* dst) {
+  float* out = static_cast<float*>(dst);
+  const char* in = static_cast<const char*>(block);
+  for (int j = 0; j < kPanel; j += 2, out += 2 * padded) {
+    if (dtype == F32) {
+      std::memcpy(out, in + sizeof(float) * j * dim, sizeof(float) * dim);
+      std::memcpy(out + padded, in + sizeof(float) * (j + 1) * dim, sizeof(float) * dim);
+    } else {
+      widen_pairs(in + 2 * j * dim, dim, out, out + padded);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int kept = j + i >= lo && j + i < hi ? dim : 0;
+      std::memset(out + i * padded + kept, 0, sizeof(float) * (padded - kept));
+    }
+  }
+}
+
 // R rows against P panels, all of head_dim.
 template <class V, int R, int P>
 inline void score_block(const float* q, int padded, const float* panels, float* scores) {
@@ -175,8 +222,10 @@ void score_f32(const void* q_, int rows, int padded, const void* panels_, int nu
   for (; i + P <= num_panels; i += P)
     score_rows<V, P>(q, rows, padded, panels + i * padded * kPanel, scores + i * kPanel);
   if constexpr (P > 2)
-    for (; i < num_panels; i += 2)
+    for (; i + 2 <= num_panels; i += 2)
       score_rows<V, 2>(q, rows, padded, panels + i * padded * kPanel, scores + i * kPanel);
+  if (i < num_panels)
+    score_rows<V, 1>(q, rows, padded, panels + i * padded * kPanel, scores + i * kPanel);
 }
 
 // R rows, N vectors of head_dim, all keys one after another.

@@ -68,33 +68,22 @@ struct Scalar {
   }
 };
 
-float element(const void* row, DType dtype, int d) {
-  return dtype == F32 ? static_cast<const float*>(row)[d]
-                      : to_float(static_cast<const uint16_t*>(row)[d]);
-}
-
-void pack_keys(const void* const* keys, DType dtype, int dim, int padded, void* panel) {
-  float* out = static_cast<float*>(panel);
-  for (int d = 0; d < padded; ++d)
-    for (int j = 0; j < kPanel; ++j)
-      out[d * kPanel + j] = d < dim ? element(keys[j], dtype, d) : 0.0f;
-}
-
-void pack_values(const void* const* values, DType dtype, int dim, int padded, void* dst) {
-  float* out = static_cast<float*>(dst);
-  for (int j = 0; j < kPanel; ++j)
-    for (int d = 0; d < padded; ++d)
-      out[j * padded + d] = d < dim ? element(values[j], dtype, d) : 0.0f;
-}
-
 }  // namespace
 
 const AttentionKernels& attention_scalar() {
   static constexpr AttentionKernels kernels{
-      4,           16,          no_begin,
-      no_end,      pack_query_f32, pack_keys,
-      pack_values, score_f32<Scalar>, softmax_row<Scalar, StoreF32, 5>,
-      weigh_f32<Scalar>, merge_row<Scalar>};
+      4,
+      16,
+      no_begin,
+      no_end,
+      pack_query_f32,
+      read_keys_f32,
+      read_values_f32,
+      score_f32<Scalar>,
+      softmax_row<Scalar, StoreF32, 5>,
+      weigh_f32<Scalar>,
+      merge_row<Scalar>,
+  };
   return kernels;
 }
 

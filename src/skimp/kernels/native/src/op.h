@@ -137,7 +137,13 @@ struct RowMeta {
 
 // After QK-norm and RoPE, keys and values of each row go to page
 //   arena + 64 * block_table[row_seq][position / page_tokens] + layer_offset
-// where keys are [kv_heads, page_tokens, head_dim] and values follow in the same shape.
+// where keys are [kv_heads, page_tokens / 16] blocks of 16 tokens and values follow likewise.
+// page_tokens is a multiple of 16. Blocks hold no padding and lie in the products' operand form,
+// so that attention transposes and interleaves nothing:
+//   keys    F32  [head_dim][16]         values  F32  [16][head_dim]
+//           BF16 [head_dim / 2][16][2]          BF16 [8][head_dim][2], pairs of tokens
+//           and for an odd head_dim the last dimension as [16]
+// Slots that were never written hold arbitrary bytes; no visible number depends on them.
 struct RopeAppendOp {
   OpHeader head;
   RowMeta meta;

@@ -43,19 +43,42 @@ ALWAYS_INLINE void rotate(float* x, const float* cos, const float* sin, int half
   }
 }
 
-ALWAYS_INLINE void write(const float* __restrict x, char* __restrict dst, int dim,
-                               bool bf16) {
+ALWAYS_INLINE uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// A key becomes one lane of its panel: a word every 64 bytes.
+ALWAYS_INLINE void write_key(const float* __restrict x, char* __restrict block, int lane, int dim,
+                             bool bf16) {
+  char* at = block + 4 * lane;
   if (!bf16) {
-    std::memcpy(dst, x, sizeof(float) * dim);
+    for (int d = 0; d < dim; ++d) std::memcpy(at + 64 * d, x + d, 4);
     return;
   }
+  for (int d = 0; d + 2 <= dim; d += 2) {
+    const uint16_t pair[2] = {to_bf16(x[d]), to_bf16(x[d + 1])};
+    std::memcpy(at + 32 * d, pair, 4);
+  }
+  if (dim % 2) {
+    const uint16_t last = to_bf16(x[dim - 1]);
+    std::memcpy(block + 32 * (dim - 1) + 2 * lane, &last, 2);
+  }
+}
+
+// A bf16 value becomes one half of its pair; another thread may be writing the other half.
+ALWAYS_INLINE void write_value(const float* __restrict x, char* __restrict block, int lane,
+                               int dim, bool bf16) {
+  if (!bf16) {
+    std::memcpy(block + sizeof(float) * lane * dim, x, sizeof(float) * dim);
+    return;
+  }
+  char* at = block + 4 * (lane / 2) * dim + 2 * (lane % 2);
   for (int d = 0; d < dim; ++d) {
-    uint32_t bits;
-    std::memcpy(&bits, x + d, 4);
-    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    const uint16_t rounded = static_cast<uint16_t>(
-        nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-    std::memcpy(dst + 2 * d, &rounded, 2);
+    const uint16_t rounded = to_bf16(x[d]);
+    std::memcpy(at + 4 * d, &rounded, 2);
   }
 }
 
@@ -84,10 +107,11 @@ ALWAYS_INLINE void run_units(const RopeAppendOp& op, int64_t from, int64_t to) {
     const int64_t page = meta.block_table[meta.row_seq[row] * meta.table_stride +
                                           position / op.page_tokens];
     const int64_t slot = position % op.page_tokens;
-    char* keys = meta.arena + 64 * page + op.layer_offset + vector * op.page_tokens * head;
-    char* values = keys + vector * op.page_tokens * heads;
-    write(k, keys + slot * vector, dim, bf16);
-    write(v, values + slot * vector, dim, bf16);
+    const int lane = static_cast<int>(slot % PANEL);
+    char* keys = meta.arena + 64 * page + op.layer_offset +
+                 vector * (int64_t{op.page_tokens} * head + slot - lane);
+    write_key(k, keys, lane, dim, bf16);
+    write_value(v, keys + vector * op.page_tokens * heads, lane, dim, bf16);
   }
 }
 
