@@ -130,7 +130,7 @@ def known_machine() -> Hardware:
             "bandwidth_gb_s": 1e6,
             "matrix_tflops": {"float32": [[1.0, 0.02], [64.0, 0.4], [512.0, 1.0]]},
             "attention_tflops": 0.3,
-            "attention_gb_s": 3.0,
+            "attention_curve": [[1e6, 3.0]],
             "overheads": {
                 "step_s": 1e-4,
                 "layer_s": 2e-5,

@@ -57,8 +57,8 @@ class Hardware:
     ``bandwidth_gb_s`` is what the memory beyond all caches gives and what limits are quoted
     against. ``bandwidth_curve`` gives (working-set bytes, GB/s): a model that fits a cache is read
     at the cache's pace. ``matrix_tflops`` gives per dtype (rows, TFLOP/s): few rows do not fill
-    the units. ``attention_gb_s`` is how fast attention's kernel walks a cache, where that is slower
-    than the memory: with one query a sequence it converts more than it multiplies.
+    the units. ``attention_curve`` gives (cache bytes a step reads, GB/s): how fast attention's
+    kernel walks scattered pages, where that is slower than the memory streams.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Hardware:
     attention_tflops: float
     memory_bytes: float
     bandwidth_curve: Curve = ()
-    attention_gb_s: float | None = None
+    attention_curve: Curve = ()
     overheads: Overheads = field(default_factory=Overheads)
     threads: int | None = None
 
@@ -105,7 +105,7 @@ class Hardware:
             "bandwidth_curve": [list(p) for p in self.bandwidth_curve],
             "matrix_tflops": {k: [list(p) for p in v] for k, v in self.matrix_tflops.items()},
             "attention_tflops": self.attention_tflops,
-            "attention_gb_s": self.attention_gb_s,
+            "attention_curve": [list(p) for p in self.attention_curve],
             "memory_bytes": self.memory_bytes,
             "threads": self.threads,
             "overheads": {
@@ -121,7 +121,8 @@ class Hardware:
     def from_dict(cls, data: Mapping[str, Any]) -> Hardware:
         """Inverse of :meth:`as_dict`; KeyError or TypeError on anything else."""
         values = dict(data)
-        values["bandwidth_curve"] = tuple((p[0], p[1]) for p in data["bandwidth_curve"])
+        for name in ("bandwidth_curve", "attention_curve"):
+            values[name] = tuple((p[0], p[1]) for p in data[name])
         values["matrix_tflops"] = {
             k: tuple((p[0], p[1]) for p in v) for k, v in data["matrix_tflops"].items()
         }
@@ -181,8 +182,9 @@ def predict(cost: StepCost, hardware: Hardware, *, dtype: str | None = None) -> 
             rate = hardware.matrix_rate(dtype, max(1, term.rows))
         else:
             rate = hardware.attention_tflops
-            if hardware.attention_gb_s is not None:
-                memory = max(memory, read / hardware.attention_gb_s)
+            if hardware.attention_curve:
+                pace = interpolate(hardware.attention_curve, max(1.0, cost.cache_read_bytes))
+                memory = max(memory, read / pace)
         terms.append(
             TermTime(name=term.name, memory_s=memory / 1e9, arithmetic_s=term.flops / (rate * 1e12))
         )

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from skimp.engine import Engine
     from skimp.model.spec import ModelSpec
 
-_FORMAT = 3  # of the file; raise it whenever what is measured changes
+_FORMAT = 4  # of the file; raise it whenever what is measured changes
 _ROWS = (1, 4, 8, 16, 32, 64)
 _PREFILL = (128, 512)
+_WALKS = (4, 16, 64)  # sequences whose caches fit a processor's cache, or do not
 _SHORT, _LONG = 16, 512
 
 
@@ -102,7 +103,8 @@ def measure_engine(hardware: Hardware, *, dtype: str, options: dict[str, Any]) -
         matrix: Curve = tuple((float(n), rate) for n, rate in rates)
         bare = replace(bare, matrix_tflops={**bare.matrix_tflops, dtype: matrix})
         bare = replace(bare, attention_tflops=probe.attention_rate(bare))
-        return replace(bare, attention_gb_s=probe.cache_rate(bare))
+        walks = tuple(probe.cache_rate(bare, batch) for batch in _WALKS)
+        return replace(bare, attention_curve=walks)
 
 
 class _Probe:
@@ -164,13 +166,15 @@ class _Probe:
         steps = [SequenceStep(context=_LONG, tokens=_LONG)]
         return self._rate(hardware, steps, self.prefill_s(_LONG), "attention")
 
-    def cache_rate(self, hardware: Hardware) -> float:
-        """GB/s at which one query a sequence walks its past: what a longer past costs."""
+    def cache_rate(self, hardware: Hardware, batch: int) -> tuple[float, float]:
+        """Cache bytes of a step, and the GB/s at which one query a sequence walks them: what a
+        longer past costs."""
         few, many = _SHORT, _LONG
-        seconds = self.step_s(8, many) - self.step_s(8, few)
-        costs = [step_cost(self.work, uniform(8, n + 10)) for n in (few, many)]
+        seconds = self.step_s(batch, many) - self.step_s(batch, few)
+        costs = [step_cost(self.work, uniform(batch, n + 10)) for n in (few, many)]
         more = costs[1].cache_read_bytes - costs[0].cache_read_bytes
-        return min(more / max(seconds, 1e-6) / 1e9, hardware.bandwidth(1.0))
+        pace = min(more / max(seconds, 1e-6) / 1e9, hardware.bandwidth(1.0))
+        return float(costs[1].cache_read_bytes), pace
 
     def _rate(
         self, hardware: Hardware, steps: Sequence[SequenceStep], seconds: float, kind: str
