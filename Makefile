@@ -19,7 +19,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/skimp info tales
-	$(BIN)/skimp generate tales "Once upon a time there was a little fox who" --max-tokens 200 --seed 7
+	$(BIN)/skimp generate tales "Once upon a time there was a little fox who" --max-tokens 160 --temperature 0.7 --seed 42
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"

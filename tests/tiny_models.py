@@ -49,8 +49,8 @@ def tiny_spec(windows: tuple[int | None, ...] = (None, 24, None, 100)) -> ModelS
     )
 
 
-def tiny_decoder(spec: ModelSpec | None = None, seed: int = 0) -> Decoder:
-    decoder = random_decoder(spec or tiny_spec(), seed=seed, dtype="float32")
+def tiny_decoder(spec: ModelSpec | None = None, seed: int = 0, dtype: str = "float32") -> Decoder:
+    decoder = random_decoder(spec or tiny_spec(), seed=seed, dtype=dtype)
     for parameter in decoder.parameters():
         if parameter.dim() == 2:
             parameter.data.mul_(4.0)  # logits with some contrast

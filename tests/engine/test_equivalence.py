@@ -85,6 +85,19 @@ def test_plain_all_ways() -> None:
     check_all_ways(random_requests(24, seed=3, max_prompt=40), "plain")
 
 
+def test_bfloat16_in_deterministic_mode() -> None:
+    """Rows of one step and of a hundred take the same kernels, so even bfloat16 agrees."""
+    requests = random_requests(12, seed=9, max_prompt=200)
+
+    def bf16(options: EngineOptions) -> Engine:
+        return Engine(tiny_decoder(dtype="bfloat16"), None, options)
+
+    expected = serve(bf16(BASE), requests, together=False)
+    for budget in (512, 64, 7):
+        options = dataclasses.replace(BASE, token_budget=budget, prefix_cache=budget == 64)
+        assert serve(bf16(options), requests) == expected, budget
+
+
 class Oracle:
     """Proposes what plain generation will say, with some tokens spoiled."""
 
