@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import VOCAB, random_requests, tiny_decoder, tiny_spec
 
+from skimp.cost import memory_plan
 from skimp.decoding.params import SamplingParams
 from skimp.engine import AsyncEngine, Engine, EngineOptions
 from skimp.engine.options import Backend, OptionError
@@ -121,6 +122,16 @@ def test_never_fits_is_refused_and_the_rest_served() -> None:
         small.add_request([1] * 900, SamplingParams(max_tokens=100))
     out = small.generate([[1, 2, 3]], SamplingParams(max_tokens=3))[0]
     assert len(out.outputs[0].token_ids) in (1, 2, 3)
+
+
+def test_the_default_arena_is_what_the_cost_model_plans() -> None:
+    engine = Engine(tiny_decoder(), None, OPTIONS)
+    plan = memory_plan(engine.work, batch=8, context=1024, step_tokens=64)
+    assert engine.cache.arena.budget_bytes == plan.cache_bytes
+    whole = engine.cache.layout.bytes_needed(1024, 64, 8)
+    assert abs(plan.cache_bytes / whole - 1) < 0.1  # the arena's own rounding into chunks
+    alone = Engine(tiny_decoder(), None, dataclasses.replace(OPTIONS, max_batch=1))
+    assert alone.cache.fits(1024, 64)
 
 
 def test_arena_stays_within_its_budget() -> None:

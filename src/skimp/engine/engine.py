@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from skimp.cache import Arena, CacheLayout, CacheManager
+from skimp.cost import memory_plan, model_work
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.proposal import Accepted, DrawAndCompare, NoProposer, Proposer
 from skimp.decoding.rows import RowState, resolve_bad_words
@@ -54,10 +55,12 @@ class Engine:
         self.spec, self.tokenizer, self.options = decoder.spec, tokenizer, options
         self.decoder = decoder
         self.dtype = decoder.dtype
+        dtype = str(decoder.dtype).removeprefix("torch.")
+        self.work = model_work(decoder.spec, decoder.cache_specs(), dtype=dtype)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in decoder.parameters())
         self.max_context = _max_context(decoder, options)
         layout = CacheLayout.from_specs(decoder.cache_specs(), page_tokens=options.page_tokens)
-        budget = options.cache_bytes or _default_cache_bytes(layout, options, self.max_context)
+        budget = options.cache_bytes or self._default_cache_bytes(layout)
         try:
             arena = Arena(layout, budget, options.device)
         except ValueError as error:
@@ -106,6 +109,24 @@ class Engine:
         options: EngineOptions | None = None,
     ) -> Engine:
         return cls(decoder, tokenizer, options)
+
+    def _default_cache_bytes(self, layout: CacheLayout) -> int:
+        """What the cost model says a full batch needs, within a share of the free memory, but
+        always the arena that one sequence of the longest context wants."""
+        options = self.options
+        least = layout.bytes_needed(self.max_context, options.token_budget)
+        plan = memory_plan(
+            self.work,
+            batch=options.max_batch,
+            context=self.max_context,
+            page_tokens=options.page_tokens,
+            step_tokens=options.token_budget,
+        )
+        if options.device == "cuda":
+            free = torch.cuda.mem_get_info()[0]
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return max(min(int(plan.cache_bytes), int(free * MAX_CACHE_SHARE)), min(least, free))
 
     # ---- requests -------------------------------------------------------------------------
 
@@ -437,13 +458,3 @@ def _max_context(decoder: Decoder, options: EngineOptions) -> int:
     if options.max_context is not None and options.max_context > limit:
         raise OptionError(f"max_context: {options.max_context} exceeds the model's {limit}")
     return options.max_context or limit
-
-
-def _default_cache_bytes(layout: CacheLayout, options: EngineOptions, max_context: int) -> int:
-    need = layout.bytes_needed(max_context, options.token_budget, options.max_batch)
-    least = layout.bytes_needed(max_context, options.token_budget)
-    if options.device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(need, max(int(free * MAX_CACHE_SHARE), min(least, free)))

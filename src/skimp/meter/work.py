@@ -27,8 +27,7 @@ def spec_work(spec: ModelSpec, dtype: str | None = None) -> ModelWork:
 
 def engine_work(engine: Engine) -> ModelWork:
     """The work of a loaded engine, as it is bound: its dtype, its caches."""
-    dtype = str(engine.dtype).removeprefix("torch.")
-    return model_work(engine.spec, engine.decoder.cache_specs(), dtype=dtype)
+    return engine.work
 
 
 def engine_threads(engine: Engine) -> int:
