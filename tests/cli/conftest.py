@@ -111,7 +111,7 @@ def script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a command in a process of its own."""
 
     def run(*args: object, **kw: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "skimp.cli", *(str(a) for a in args)]
+        command = [sys.executable, "-m", "skimp", *(str(a) for a in args)]
         return subprocess.run(command, capture_output=True, text=True, timeout=120, **kw)
 
     return run

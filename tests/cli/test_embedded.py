@@ -23,7 +23,7 @@ def run(*arguments: str, stdin: str = "") -> tuple[subprocess.CompletedProcess[s
     """The finished process and what it used: processor seconds and its peak memory."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [sys.executable, "-m", "skimp.cli", *arguments],
+        [sys.executable, "-m", "skimp", *arguments],
         input=stdin,
         capture_output=True,
         text=True,

@@ -164,7 +164,7 @@ def test_a_reader_that_goes_away_is_no_error(model_dir: Path) -> None:
 
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "skimp.cli", "info", str(model_dir)]
+    command = [sys.executable, "-m", "skimp", "info", str(model_dir)]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writer)
     assert done.returncode == 141

@@ -57,7 +57,6 @@ class Engine:
         self.dtype = decoder.dtype
         dtype = str(decoder.dtype).removeprefix("torch.")
         self.work = model_work(decoder.spec, decoder.cache_specs(), dtype=dtype)
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in decoder.parameters())
         self.max_context = _max_context(decoder, options)
         layout = CacheLayout.from_specs(decoder.cache_specs(), page_tokens=options.page_tokens)
         budget = options.cache_bytes or self._default_cache_bytes(layout)

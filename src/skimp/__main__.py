@@ -1,4 +1,4 @@
-"""``python -m skimp.cli``."""
+"""``python -m skimp``."""
 
 from skimp.cli import main
 
