@@ -18,7 +18,7 @@ from skimp.meter.work import engine_threads
 
 
 def make_engine(**options: Any) -> Engine:
-    return Engine.from_decoder(tiny_decoder(), options=EngineOptions(backend="plain", **options))
+    return Engine(tiny_decoder(), options=EngineOptions(backend="plain", **options))
 
 
 def greedy(count: int, **more: Any) -> SamplingParams:
@@ -177,5 +177,5 @@ def test_counts_beyond_reason_are_refused(field: str) -> None:
 
 
 def test_threads_that_were_asked_for_are_the_ones_reported() -> None:
-    engine = Engine.from_decoder(tiny_decoder(), options=EngineOptions(threads=3))
+    engine = Engine(tiny_decoder(), options=EngineOptions(threads=3))
     assert engine.backend_name == "native" and engine_threads(engine) == 3

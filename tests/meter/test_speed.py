@@ -20,7 +20,7 @@ from skimp.cost import (
 from skimp.engine import Engine, EngineOptions
 from skimp.meter import calibrate, speed
 from skimp.meter.speed import Case, bench, predict_prefill, random_prompt, time_generation
-from skimp.meter.work import engine_threads, engine_work, spec_work
+from skimp.meter.work import engine_threads, spec_work
 from skimp.model.loading import random_decoder
 from skimp.model.mixers.attention import cache_spec
 
@@ -30,14 +30,14 @@ SPEC = calibrate._spec(layers=2)
 def make_engine(**options) -> Engine:
     threads = torch.get_num_threads()
     options = {"max_batch": 4, "max_context": 128, "token_budget": 24, **options}
-    engine = Engine.from_decoder(random_decoder(SPEC), None, EngineOptions(**options))
+    engine = Engine(random_decoder(SPEC), None, EngineOptions(**options))
     torch.set_num_threads(threads)
     return engine
 
 
 def test_work_of_an_engine_is_that_of_its_spec() -> None:
     engine = make_engine()
-    assert engine_work(engine) == spec_work(SPEC, "float32")
+    assert engine.work == spec_work(SPEC, "float32")
     caches = [cache_spec(layer.mixer, torch.bfloat16) for layer in SPEC.layers]
     assert spec_work(SPEC) == model_work(SPEC, caches)
     assert engine_threads(engine) >= 1
@@ -79,7 +79,7 @@ def test_bench_interleaves_rounds_and_reports_the_median() -> None:
         assert len(result.contexts) == case.batch
         found = result.as_dict()
         assert found["tokens_per_s"] == pytest.approx(case.batch / found["ms_per_step"] * 1e3)
-        cost = step_cost(engine_work(engine), [s for c in result.contexts for s in uniform(1, c)])
+        cost = step_cost(engine.work, [s for c in result.contexts for s in uniform(1, c)])
         assert result.bytes_per_step == cost.bytes_read
 
 

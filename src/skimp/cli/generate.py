@@ -236,7 +236,6 @@ def speed_line(engine: Engine, output: RequestOutput, speed: Speed) -> str:
     from skimp.cli.output import percent, rate_text
     from skimp.cost import SequenceStep, predict, step_cost
     from skimp.meter.calibrate import engine_hardware
-    from skimp.meter.work import engine_work
 
     tokens = _count(output)
     head = f"[{tokens} token{'' if tokens == 1 else 's'}, first after {speed.first_token_s:.2f} s"
@@ -247,7 +246,7 @@ def speed_line(engine: Engine, output: RequestOutput, speed: Speed) -> str:
         SequenceStep(context=len(output.prompt_token_ids) + max(1, len(c.token_ids) // 2))
         for c in output.outputs
     ]
-    cost = step_cost(engine_work(engine), steps)
+    cost = step_cost(engine.work, steps)
     step_s = speed.generation_s / speed.steps
     predicted = len(steps) / predict(cost, hardware).seconds
     return (

@@ -29,7 +29,7 @@ def random_engine(config: str, options: EngineOptions, *, seed: int = 0) -> Engi
     if dtype == "auto":
         dtype = "float32" if spec.dtype == "float16" else _float_name(spec.dtype)
     decoder = random_decoder(spec, seed=seed, dtype=dtype)
-    return Engine.from_decoder(decoder, tokenizer=None, options=options)
+    return Engine(decoder, tokenizer=None, options=options)
 
 
 def chat_encoder(engine: Engine) -> Callable[[list[dict[str, str]]], list[int]]:

@@ -44,12 +44,9 @@ class StepBuffers:
         def ints(*shape: int) -> np.ndarray:
             return np.zeros(shape, dtype=np.int32)
 
-        self.token_ids, self.positions, self.row_seq = (
-            ints(max_rows),
-            ints(max_rows),
-            ints(max_rows),
-        )
-        self.kv_end, self.seq_starts = ints(max_rows), ints(max_seqs + 1)
+        self.token_ids, self.positions = ints(max_rows), ints(max_rows)
+        self.row_seq, self.kv_end = ints(max_rows), ints(max_rows)
+        self.seq_starts = ints(max_seqs + 1)
         self.logit_rows = ints(max_logits)
         self.tables = [
             ints(max_seqs, -(-max_context // group.page_tokens)) for group in layout.groups

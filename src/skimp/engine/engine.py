@@ -56,9 +56,10 @@ class Engine:
         self.decoder = decoder
         self.dtype = decoder.dtype
         dtype = str(decoder.dtype).removeprefix("torch.")
-        self.work = model_work(decoder.spec, decoder.cache_specs(), dtype=dtype)
+        specs = decoder.cache_specs()
+        self.work = model_work(decoder.spec, specs, dtype=dtype)
         self.max_context = _max_context(decoder, options)
-        layout = CacheLayout.from_specs(decoder.cache_specs(), page_tokens=options.page_tokens)
+        layout = CacheLayout.from_specs(specs, page_tokens=options.page_tokens)
         budget = options.cache_bytes or self._default_cache_bytes(layout)
         try:
             arena = Arena(layout, budget, options.device)
@@ -99,15 +100,6 @@ class Engine:
         path = locate_model(str(model))
         decoder = load_decoder(path, dtype=options.dtype)
         return cls(decoder, Tokenizer.load(path), options)
-
-    @classmethod
-    def from_decoder(
-        cls,
-        decoder: Decoder,
-        tokenizer: Tokenizer | None = None,
-        options: EngineOptions | None = None,
-    ) -> Engine:
-        return cls(decoder, tokenizer, options)
 
     def _default_cache_bytes(self, layout: CacheLayout) -> int:
         """What the cost model says a full batch needs, within a share of the free memory, but

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from skimp.cache import CacheSequence
 from skimp.decoding.params import SamplingParams
-from skimp.decoding.sampler import RowState, TokenLogprobs
+from skimp.decoding.rows import RowState
+from skimp.decoding.sampler import TokenLogprobs
 from skimp.decoding.stops import FinishReason, StopChecker
 
 

@@ -28,7 +28,7 @@ from skimp.cost import (
 )
 from skimp.cost.hardware import Curve
 from skimp.cost.machine import cache_dir, cpu_model, kept
-from skimp.meter.work import engine_threads, engine_work
+from skimp.meter.work import engine_threads
 
 if TYPE_CHECKING:
     from skimp.engine import Engine
@@ -114,14 +114,14 @@ class _Probe:
         from skimp.engine import Engine, EngineOptions
         from skimp.model.loading import random_decoder
 
-        self.engine = Engine.from_decoder(
+        self.engine = Engine(
             random_decoder(spec, seed=0, dtype=dtype),
             tokenizer=None,
             options=EngineOptions(
                 max_batch=64, max_context=_LONG + 128, token_budget=_LONG, **options
             ),
         )
-        self.work = engine_work(self.engine)
+        self.work = self.engine.work
         self.rng = random.Random(0)
 
     def __enter__(self) -> _Probe:

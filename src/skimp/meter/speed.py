@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from skimp.cost import Hardware, ModelWork, SequenceStep, predict, step_cost
-from skimp.meter.work import engine_threads, engine_work
+from skimp.meter.work import engine_threads
 
 if TYPE_CHECKING:
     from skimp.engine import Engine
@@ -136,7 +136,7 @@ def bench(
             result = _round(engine, case, rng)
             if index:
                 found.append(result)
-    work = engine_work(engine)
+    work = engine.work
     return [_result(engine, work, hardware, c, r) for c, r in zip(cases, measured)]
 
 

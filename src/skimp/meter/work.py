@@ -1,4 +1,4 @@
-"""The one place where the meter and the commands read an engine's sizes for the cost model."""
+"""What the meter and the commands need to know of a model or an engine to price its steps."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ def spec_work(spec: ModelSpec, dtype: str | None = None) -> ModelWork:
         raise ValueError(f"dtype: {dtype!r} is not a dtype")
     caches = [cache_spec(layer.mixer, kind) for layer in spec.layers]
     return model_work(spec, caches, dtype=dtype)
-
-
-def engine_work(engine: Engine) -> ModelWork:
-    """The work of a loaded engine, as it is bound: its dtype, its caches."""
-    return engine.work
 
 
 def engine_threads(engine: Engine) -> int:

@@ -108,19 +108,7 @@ void weigh(const float*, const void* probs, int, int padded, const void* values,
 }  // namespace
 
 const AttentionKernels& attention_amx() {
-  static constexpr AttentionKernels kernels{
-      2,
-      32,
-      begin,
-      end,
-      pack_query_bf16,
-      read_keys_bf16,
-      read_values_bf16,
-      score,
-      softmax_row<Avx512Bf16, StoreBF16, 4>,
-      weigh,
-      merge_row<Avx512Bf16>,
-  };
+  static constexpr AttentionKernels kernels = kernels_bf16(begin, end, score, weigh);
   return kernels;
 }
 

@@ -55,22 +55,7 @@ struct Avx2 {
 
 }  // namespace
 
-const AttentionKernels& attention_avx2() {
-  static constexpr AttentionKernels kernels{
-      4,
-      16,
-      no_begin,
-      no_end,
-      pack_query_f32,
-      read_keys_f32,
-      read_values_f32,
-      score_f32<Avx2>,
-      softmax_row<Avx2, StoreF32, 5>,
-      weigh_f32<Avx2>,
-      merge_row<Avx2>,
-  };
-  return kernels;
-}
+const AttentionKernels& attention_avx2() { return KERNELS_F32<Avx2>; }
 
 }  // namespace skimp
 SKIMP_TARGET_END

@@ -14,22 +14,7 @@ SKIMP_TARGET("avx512f,avx512bw,avx512dq,avx512vl,fma")
 
 namespace skimp {
 
-const AttentionKernels& attention_avx512() {
-  static constexpr AttentionKernels kernels{
-      4,
-      16,
-      no_begin,
-      no_end,
-      pack_query_f32,
-      read_keys_f32,
-      read_values_f32,
-      score_f32<Avx512>,
-      softmax_row<Avx512, StoreF32, 5>,
-      weigh_f32<Avx512>,
-      merge_row<Avx512>,
-  };
-  return kernels;
-}
+const AttentionKernels& attention_avx512() { return KERNELS_F32<Avx512>; }
 
 }  // namespace skimp
 SKIMP_TARGET_END

@@ -101,19 +101,7 @@ void weigh(const float*, const void* probs, int rows, int padded, const void* va
 }  // namespace
 
 const AttentionKernels& attention_avx512bf16() {
-  static constexpr AttentionKernels kernels{
-      2,
-      32,
-      no_begin,
-      no_end,
-      pack_query_bf16,
-      read_keys_bf16,
-      read_values_bf16,
-      score,
-      softmax_row<Avx512Bf16, StoreBF16, 4>,
-      weigh,
-      merge_row<Avx512Bf16>,
-  };
+  static constexpr AttentionKernels kernels = kernels_bf16(no_begin, no_end, score, weigh);
   return kernels;
 }
 

@@ -51,5 +51,23 @@ inline void read_values_bf16(const void* block, DType, int dim, int padded, int 
   }
 }
 
+// What the two products share; `begin` and `end` set the unit of `score` and `weigh` up.
+constexpr AttentionKernels kernels_bf16(decltype(AttentionKernels::begin) begin,
+                                        decltype(AttentionKernels::end) end,
+                                        decltype(AttentionKernels::score) score,
+                                        decltype(AttentionKernels::weigh) weigh) {
+  return {2,
+          32,
+          begin,
+          end,
+          pack_query_bf16,
+          read_keys_bf16,
+          read_values_bf16,
+          score,
+          softmax_row<Avx512Bf16, StoreBF16, 4>,
+          weigh,
+          merge_row<Avx512Bf16>};
+}
+
 }  // namespace
 }  // namespace skimp

@@ -286,5 +286,18 @@ void weigh_f32(const float* scores, const void*, int rows, int padded, const voi
 inline void no_begin(int) {}
 inline void no_end() {}
 
+template <class V>
+constexpr AttentionKernels KERNELS_F32{4,
+                                       16,
+                                       no_begin,
+                                       no_end,
+                                       pack_query_f32,
+                                       read_keys_f32,
+                                       read_values_f32,
+                                       score_f32<V>,
+                                       softmax_row<V, StoreF32, 5>,
+                                       weigh_f32<V>,
+                                       merge_row<V>};
+
 }  // namespace
 }  // namespace skimp

@@ -70,21 +70,6 @@ struct Scalar {
 
 }  // namespace
 
-const AttentionKernels& attention_scalar() {
-  static constexpr AttentionKernels kernels{
-      4,
-      16,
-      no_begin,
-      no_end,
-      pack_query_f32,
-      read_keys_f32,
-      read_values_f32,
-      score_f32<Scalar>,
-      softmax_row<Scalar, StoreF32, 5>,
-      weigh_f32<Scalar>,
-      merge_row<Scalar>,
-  };
-  return kernels;
-}
+const AttentionKernels& attention_scalar() { return KERNELS_F32<Scalar>; }
 
 }  // namespace skimp
