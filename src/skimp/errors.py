@@ -43,5 +43,9 @@ class RequestError(SkimpError):
     """A request is malformed or can never be served by this engine."""
 
 
+class ShrinkError(SkimpError):
+    """A recipe is malformed, does not fit the model, or its output is taken."""
+
+
 class SkimpWarning(UserWarning):
     """Something configured is skipped without changing any result; the message names it."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from skimp.formats.weight import QuantizedWeight, WeightFormat
+
 
 class Linear(nn.Module):
     """``y = x @ weight.T + bias``; weight is [out_features, in_features].
 
     Kept separate from ``nn.Linear`` because a serving backend takes the weight away once it has
-    packed its own copy (see ``Ops.pack``), and a weight format may hold something else than a
-    dense matrix.
+    packed its own copy (see ``Ops.pack``), and because the matrix may be in a low-bit format:
+    then ``weight`` is None and ``quantized`` holds it.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = False) -> None:
@@ -19,7 +21,20 @@ class Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features))
+        self.quantized: QuantizedWeight | None = None
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    @property
+    def format(self) -> WeightFormat | None:
+        """None for a dense matrix."""
+        return None if self.quantized is None else self.quantized.format
+
+    def take(self) -> Tensor | QuantizedWeight:
+        """Hand the matrix over to a backend; the module keeps nothing of it."""
+        matrix = self.weight if self.quantized is None else self.quantized
+        assert matrix is not None, "this matrix was packed before"
+        self.weight = self.quantized = None
+        return matrix.detach() if isinstance(matrix, Tensor) else matrix
 
 
 class RMSNorm(nn.Module):

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from skimp.formats.weight import WeightFormat
+
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
 
@@ -96,6 +98,10 @@ class ModelSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    # Matrices in a low-bit format, by our name without ".weight" ("layers.0.mixer.q_proj"); the
+    # rest is dense.
+    formats: Mapping[str, WeightFormat] = field(default_factory=dict, hash=False)
+    cache_format: str | None = None  # int8 or fp8 if the checkpoint asks for such a cache
     config: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
     @property

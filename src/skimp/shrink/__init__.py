@@ -1,0 +1,1 @@
+"""From a checkpoint to a cheaper one: recipes, the pipeline that runs them, and the shortcuts."""
