@@ -31,7 +31,7 @@ from typing import Any
 from rivals.artifacts import artifact
 from rivals.engine import START_PROMPT_TOKENS, Case, Request
 from rivals.machine import CpuClock, describe, wait_for_quiet
-from rivals.registry import DEFAULT_ENGINES, REGISTRY
+from rivals.registry import DEFAULT_ENGINES, REGISTRY, SKIMP
 from rivals.report import Sample, markdown, summarize
 from rivals.worker import onednn_kernels
 
@@ -94,11 +94,12 @@ def find_shape(name: str) -> Path:
 def engine_options(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Registry options of every chosen engine, overridden by ``--option`` and ``--skimp``."""
     chosen = {name: dict(REGISTRY[name].options) for name in options.engines}
-    if "skimp" in chosen:
-        words = shlex.split(options.skimp) or ["skimp"]
-        if "/" in words[0]:  # the workers run in another folder
-            words[0] = str(Path(words[0]).absolute())
-        chosen["skimp"] |= {"command": shlex.join(words), "arguments": options.skimp_arguments}
+    words = shlex.split(options.skimp) or ["skimp"]
+    if "/" in words[0]:  # the workers run in another folder
+        words[0] = str(Path(words[0]).absolute())
+    options.skimp = shlex.join(words)
+    for name in chosen.keys() & SKIMP:
+        chosen[name] |= {"command": options.skimp, "arguments": options.skimp_arguments}
     for word in options.option:
         place, equals, value = word.partition("=")
         engine, _, key = place.rpartition(".")
@@ -192,7 +193,7 @@ class Comparison:
     def _available(self, name: str) -> bool:
         """Make the model files of an engine and probe it once."""
         entry = REGISTRY[name]
-        if name == "skimp":
+        if name in SKIMP:
             program = (shlex.split(self.options.skimp) or [""])[0]
             if shutil.which(program) is None:
                 self._fail(name, "start", f"no command {Path(program).name!r}; see --skimp")
@@ -201,7 +202,11 @@ class Comparison:
             command = [sys.executable, "-m", "rivals.artifacts", str(shape)]
             command += [str(self.options.work.resolve()), entry.files]
             done = subprocess.run(
-                [*command, "--convert-python", self.options.convert_python],
+                [
+                    *command,
+                    *("--convert-python", self.options.convert_python),
+                    *("--skimp", self.options.skimp),
+                ],
                 cwd=HERE,
                 capture_output=True,
                 text=True,

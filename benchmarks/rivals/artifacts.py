@@ -14,9 +14,11 @@ import ctypes
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +33,15 @@ DUMMY_WORDS = 1000
 FAMILIES = ("llama", "qwen2")
 QUANTIZED_GGUF = {"gguf-q8_0": 7, "gguf-q4_0": 2}  # values of llama.cpp's enum llama_ftype
 OPENVINO_WEIGHTS = {"openvino-bf16": None, "openvino-int8": "int8", "openvino-int4": "int4"}
-FORMATS = ("hf", "gguf-bf16", *QUANTIZED_GGUF, *OPENVINO_WEIGHTS)
+# The layers and the output matrix in low bits, rounded to nearest: the method does not change the
+# speed. Groups of 32 are what llama.cpp's Q4_0 and onnxruntime's int4 have; they divide every size.
+OUTPUT_INT8 = "{format: int8, method: rtn, include: [lm_head], exclude: ['layers.*']}"
+SKIMP_RECIPES = {
+    "skimp-int8": "- quantize: {format: int8, method: rtn, include: [lm_head]}\n",
+    "skimp-int4": "- quantize: {format: int4, group_size: 32, method: rtn}\n"
+    f"- quantize: {OUTPUT_INT8}\n",
+}
+FORMATS = ("hf", "gguf-bf16", *QUANTIZED_GGUF, *OPENVINO_WEIGHTS, "onnx-int4", *SKIMP_RECIPES)
 
 
 def model_folder(config: Path, work: Path) -> Path:
@@ -240,15 +250,50 @@ def make_openvino(hf: Path, out: Path, weight_format: str | None, python: str) -
     if weight_format == "int4":  # groups of 128 where the sizes allow, else the next that fits
         command += ["--group-size-fallback", "adjust"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, str(out)], capture_output=True, text=True, env=environment, check=False
-    )
-    if done.returncode != 0 or not (out / "openvino_model.xml").exists():
+    _convert([*command, str(out)], out / "openvino_model.xml", environment)
+
+
+def make_onnx(hf: Path, out: Path) -> None:
+    """Build int4 weights in blocks of 32 with onnxruntime-genai's own builder, its CPU defaults.
+
+    Raises:
+        RuntimeError: the builder failed; its last lines are in the message.
+    """
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(hf)]
+    command += ["-o", str(out), "-p", "int4", "-e", "cpu", "-c", str(out / "cache")]
+    command += ["--extra_options", "int4_block_size=32"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    _convert(command, out / "model.onnx", environment)
+    shutil.rmtree(out / "cache", ignore_errors=True)
+
+
+def make_skimp(hf: Path, out: Path, recipe: str, skimp: str) -> None:
+    """Shrink with skimp's own command.
+
+    Raises:
+        RuntimeError: it failed; its last lines are in the message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "recipe.yaml")
+        path.write_text(recipe, encoding="utf-8")
+        command = [*shlex.split(skimp), "shrink", str(hf), str(path), "-o", str(out), "--quiet"]
+        _convert(command, out / "config.json", dict(os.environ))
+
+
+def _convert(command: list[str], result: Path, environment: dict[str, str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0 or not result.exists():
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise RuntimeError(f"the OpenVINO export of {hf.parent.name} failed:\n{tail}")
+        raise RuntimeError(f"making {result.parent.name} failed:\n{tail}")
 
 
-def ensure(config: Path, work: Path, form: str, convert_python: str = sys.executable) -> Path:
+def ensure(
+    config: Path,
+    work: Path,
+    form: str,
+    convert_python: str = sys.executable,
+    skimp: str = "skimp",
+) -> Path:
     """Return the artifact of format ``form``, making it (whole, then renamed) when missing.
 
     Raises:
@@ -274,6 +319,10 @@ def ensure(config: Path, work: Path, form: str, convert_python: str = sys.execut
         elif form in QUANTIZED_GGUF:
             source = ensure(config, work, "gguf-bf16", convert_python)
             quantize_gguf(source, partial, QUANTIZED_GGUF[form])
+        elif form == "onnx-int4":
+            make_onnx(hf, partial)
+        elif form in SKIMP_RECIPES:
+            make_skimp(hf, partial, SKIMP_RECIPES[form], skimp)
         else:
             make_openvino(hf, partial, OPENVINO_WEIGHTS[form], convert_python)
     partial.rename(out)
@@ -287,10 +336,11 @@ def main() -> int:
     parser.add_argument("work", type=Path)
     parser.add_argument("formats", nargs="+", choices=FORMATS)
     parser.add_argument("--convert-python", default=sys.executable)
+    parser.add_argument("--skimp", default="skimp")
     options = parser.parse_args()
     try:
         for form in options.formats:
-            ensure(options.config, options.work, form, options.convert_python)
+            ensure(options.config, options.work, form, options.convert_python, options.skimp)
     except (ImportError, RuntimeError, ValueError) as error:
         print(f"{form}: {error}", file=sys.stderr)
         return 1

@@ -30,6 +30,15 @@ class EngineEntry:
 
 REGISTRY: dict[str, EngineEntry] = {
     "skimp": EngineEntry(module="skimp_cli", name="SkimpCommand", files="hf", weights="bf16"),
+    "skimp-int8": EngineEntry(
+        module="skimp_cli", name="SkimpCommand", files="skimp-int8", weights="int8 per channel"
+    ),
+    "skimp-int4": EngineEntry(
+        module="skimp_cli",
+        name="SkimpCommand",
+        files="skimp-int4",
+        weights="int4 in groups of 32, output matrix int8",
+    ),
     "llama.cpp-bf16": EngineEntry(
         module="llama_cpp_engine", name="LlamaCpp", files="gguf-bf16", weights="bf16"
     ),
@@ -67,6 +76,12 @@ REGISTRY: dict[str, EngineEntry] = {
         weights="int4, u8 cache",
         options={"cache_precision": "u8"},
     ),
+    "onnxruntime-int4": EngineEntry(
+        module="onnx_genai_engine",
+        name="OnnxGenAI",
+        files="onnx-int4",
+        weights="int4 in blocks of 32",
+    ),
     "transformers-bf16": EngineEntry(
         module="transformers_engine",
         name="Transformers",
@@ -75,6 +90,7 @@ REGISTRY: dict[str, EngineEntry] = {
         probe_environment={"ONEDNN_VERBOSE": "1"},
     ),
 }
+SKIMP = tuple(name for name, entry in REGISTRY.items() if entry.module == "skimp_cli")
 DEFAULT_ENGINES = ("skimp", "llama.cpp-bf16", "openvino-bf16", "transformers-bf16")
 
 

@@ -1,10 +1,11 @@
 """skimp through its command line, so that what is measured is what a user starts.
 
-Generation and prefill come from one process each: ``skimp bench --random-weights CONFIG.json
---batch 1,8,32 --context 128,1024 --new-tokens N --json`` prints a JSON object for one case or
-``{"results": [...]}`` for several, with ``batch``, ``context``, ``ms_per_step``, ``tokens_per_s``
-and ``prefill_tokens_per_s``. The start is the whole time of a ``skimp generate`` process that makes
-one token, and so an upper bound.
+Generation and prefill come from one process each: ``skimp bench --random-weights CONFIG.json``, or
+for low bits ``skimp bench DIRECTORY`` of the same weights shrunk, with ``--batch 1,8,32 --context
+128,1024 --new-tokens N --json``, prints a JSON object for one case or ``{"results": [...]}`` for
+several, with ``batch``, ``context``, ``ms_per_step``, ``tokens_per_s`` and
+``prefill_tokens_per_s``. The start is the whole time of a ``skimp generate`` process that makes one
+token, and so an upper bound.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import shlex
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 from rivals.artifacts import DUMMY_WORDS
@@ -46,7 +48,9 @@ class SkimpCommand:
         if kinds == {"start"}:
             return {"results": [self._start(case) for case in request.cases]}
         steps, rounds = (request.new_tokens, 1) if kinds == {"generate"} else (1, 3)
-        command = ["bench", "--random-weights", request.config, "--new-tokens", str(steps)]
+        low_bits = Path(request.files).name != "hf"
+        model = [request.files] if low_bits else ["--random-weights", request.config]
+        command = ["bench", *model, "--new-tokens", str(steps)]
         for flag, values in (
             ("--batch", {case.batch for case in request.cases}),
             ("--context", {case.context for case in request.cases}),
