@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs. Each has its plain reference, and a test that equates the two."""
