@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import statistics
 import sys
 from dataclasses import replace
@@ -62,7 +63,7 @@ def main() -> int:
         for m in ROWS:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             copies = [dense.clone() for _ in range(_copies(dense.nbytes))]
-            base = _time([lambda w=w: x @ w.T for w in copies])
+            base = _time([functools.partial(torch.matmul, x, w.T) for w in copies])
             lines.append(_line(n, k, m, "bfloat16", base, dense.nbytes, base, None))
             del copies
             for form in FORMATS:
@@ -73,7 +74,7 @@ def main() -> int:
                 wanted = exact @ weight.dequantize().double().T
                 error = float((found - wanted).norm() / wanted.norm())
                 many = [_copy(weight) for _ in range(_copies(weight.nbytes))]
-                took = _time([lambda w=w: lowbit_matmul(rows, w, row_scale) for w in many])
+                took = _time([functools.partial(lowbit_matmul, rows, w, row_scale) for w in many])
                 lines.append(_line(n, k, m, form.name, took, weight.nbytes, base, error))
                 if not error < 1e-5:
                     raise SystemExit(f"{form.name} at {m} rows of {n} x {k}: error {error:.2e}")
