@@ -13,7 +13,6 @@ timing.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -27,7 +26,7 @@ FEW_ROWS = 16  # up to here memory decides, and K is split until every multiproc
 
 
 @triton.jit
-def _fp8_to_float(bits: Any) -> Any:
+def _fp8_to_float(bits):
     """E4M3 bytes to float32, exactly, by shifting the fields into place."""
     wide = bits.to(tl.int32)
     sign = tl.where(wide >= 128, -1.0, 1.0)
@@ -150,7 +149,9 @@ def lowbit_matmul(x: Tensor, weight: QuantizedWeight, row_scale: Tensor | None =
     values = weight.values.view(torch.uint8) if kind == FP8 else weight.values
     groups = weight.scale.shape[1]
     group = weight.format.group_size or k
-    block_m, block_n, block_k = _blocks(m, group)
+    int8_rows = x.dtype == torch.int8
+    # Tensor cores take int8 in steps of 32, and a block of pairs is half as deep.
+    block_m, block_n, block_k = _blocks(m, group, least=64 if int8_rows and kind == INT4 else 32)
     steps = groups * -(-group // block_k)
     grid = (-(-n // block_n), -(-m // block_m))
     splits = _splits(grid, steps, x.device) if m <= FEW_ROWS else 1
@@ -175,7 +176,7 @@ def lowbit_matmul(x: Tensor, weight: QuantizedWeight, row_scale: Tensor | None =
         -(-steps // splits),
         KIND=kind,
         HAS_ZERO=weight.zero is not None,
-        INT8_ROWS=x.dtype == torch.int8,
+        INT8_ROWS=int8_rows,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
@@ -184,9 +185,9 @@ def lowbit_matmul(x: Tensor, weight: QuantizedWeight, row_scale: Tensor | None =
     return out if splits == 1 else target.sum(0)
 
 
-def _blocks(rows: int, group: int) -> tuple[int, int, int]:
-    """Rows, outputs and inputs of a program's block; a block of inputs lies in one group."""
-    block_k = min(128, max(32, triton.next_power_of_2(group)))
+def _blocks(rows: int, group: int, least: int) -> tuple[int, int, int]:
+    """Rows, outputs and inputs of a program's block. What lies beyond a group is masked."""
+    block_k = min(128, max(least, triton.next_power_of_2(group)))
     if rows <= FEW_ROWS:
         return 16, 32, block_k
     return (32 if rows <= 32 else 64), 64, min(block_k, 64)
