@@ -1,0 +1,1 @@
+"""Shortcuts that lower the bits of a weight."""
