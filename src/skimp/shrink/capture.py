@@ -1,0 +1,106 @@
+"""One layer at a time over calibration activations, with a look at the inputs of every matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from skimp.formats.weight import QuantizedWeight
+from skimp.kernels.ops import PackLayout, StepInputs
+from skimp.kernels.plain import PlainMatrix, PlainOps, rms_norm
+from skimp.model.decoder import DecoderLayer
+from skimp.model.layers import Linear, RMSNorm
+from skimp.model.loading import assign
+from skimp.model.rope import rope_tables
+from skimp.model.spec import Activation, ModelSpec
+from skimp.shrink.step import Tensors
+
+# Matrices of a layer that read the same input, as a backend fuses them.
+GROUPS: Final = {
+    "mixer.qkv": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
+    "mixer.o_proj": ("mixer.o_proj",),
+    "ffn.gate_up": ("ffn.gate_proj", "ffn.up_proj"),
+    "ffn.down_proj": ("ffn.down_proj",),
+}
+Observe = Callable[[str, Tensor], None]
+
+
+class LayerRunner:
+    """Layer ``layer`` of a model with ``tensors`` (its unit's), in float32.
+
+    Low-bit matrices act as the weights they stand for; activations are not rounded.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: int, tensors: Tensors) -> None:
+        with torch.device("meta"):
+            self._layer = DecoderLayer(spec.layers[layer], spec)
+        prefix = f"layers.{layer}."
+        for name, tensor in tensors.items():
+            value = tensor.dequantize() if isinstance(tensor, QuantizedWeight) else tensor.float()
+            assign(self._layer, name.removeprefix(prefix), value)
+        self._rope = spec.layers[layer].mixer.rope
+        self._ops = _ObservedOps(self._layer)
+
+    def forward(self, hidden: Tensor, observe: Observe | None = None) -> Tensor:
+        """Activations that leave the layer, float32 [samples, T, D]. ``observe(group, x)`` sees
+        the inputs [T, in_features] of each group of :data:`GROUPS`, sample by sample."""
+        count = hidden.shape[1]
+        tables = None if self._rope is None else rope_tables(self._rope, count)
+        ops = self._ops
+        self._layer.mixer.bind(ops, tables, None)
+        self._layer.ffn.bind(ops)
+        ops.observe = observe
+        step = whole_text(torch.zeros(count, dtype=torch.int32))
+        with torch.no_grad():
+            return torch.stack([self._layer(sample, ops, step) for sample in hidden.float()])
+
+
+class _ObservedOps(PlainOps):
+    def __init__(self, layer: DecoderLayer) -> None:
+        super().__init__()
+        self.observe: Observe | None = None
+        firsts = {group: names[0] for group, names in GROUPS.items()}
+        self._groups = {id(layer.get_submodule(name)): g for g, name in firsts.items()}
+
+    def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> PlainMatrix:
+        assert id(linears[0]) in self._groups
+        return super().pack(linears, layout)
+
+    def matmul(
+        self,
+        x: Tensor,
+        matrix: PlainMatrix,
+        *,
+        norm: RMSNorm | None = None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        x = x if norm is None else rms_norm(x, norm)
+        if self.observe is not None:
+            self.observe(self._groups[id(matrix.linears[0])], x)
+        return super().matmul(x, matrix, activation=activation, residual=residual)
+
+
+def whole_text(token_ids: Tensor) -> StepInputs:
+    """One sequence, every position, nothing cached; ``token_ids`` int32 [T]."""
+    count = len(token_ids)
+    positions = torch.arange(count, dtype=torch.int32)
+    return StepInputs(
+        token_ids=token_ids,
+        positions=positions,
+        row_seq=torch.zeros(count, dtype=torch.int32),
+        kv_end=positions + 1,
+        seq_starts=torch.tensor([0, count], dtype=torch.int32),
+        logit_rows=positions,
+    )
+
+
+def embedded(spec: ModelSpec, tensors: Tensors, tokens: Tensor) -> Tensor:
+    """What the embed unit hands to the first layer, float32 [samples, T, D]."""
+    table = tensors["embed_tokens.weight"]
+    if isinstance(table, QuantizedWeight):
+        table = table.dequantize()
+    return torch.nn.functional.embedding(tokens, table).float() * spec.embed_scale
