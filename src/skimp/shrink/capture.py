@@ -1,0 +1,126 @@
+"""One layer at a time over calibration activations, with a look at the inputs of every matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from skimp.formats.weight import FP8_MAX, QuantizedWeight
+from skimp.kernels.ops import PackLayout, StepInputs
+from skimp.kernels.plain import PlainMatrix, PlainOps, rms_norm
+from skimp.model.decoder import DecoderLayer
+from skimp.model.layers import Linear, RMSNorm
+from skimp.model.loading import assign
+from skimp.model.rope import rope_tables
+from skimp.model.spec import Activation, ModelSpec
+from skimp.shrink.step import Tensors
+
+# Matrices of a layer that read the same input, as a backend fuses them.
+GROUPS: Final = {
+    "mixer.qkv": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
+    "mixer.o_proj": ("mixer.o_proj",),
+    "ffn.gate_up": ("ffn.gate_proj", "ffn.up_proj"),
+    "ffn.down_proj": ("ffn.down_proj",),
+}
+Observe = Callable[[str, Tensor], None]
+Rounding = Literal["int8", "fp8"] | None
+
+
+class LayerRunner:
+    """Layer ``layer`` of a model with ``tensors`` (its unit's), in float32.
+
+    Low-bit matrices act as the weights they stand for, on inputs rounded as their format says.
+    """
+
+    def __init__(self, spec: ModelSpec, layer: int, tensors: Tensors) -> None:
+        with torch.device("meta"):
+            self._layer = DecoderLayer(spec.layers[layer], spec)
+        prefix = f"layers.{layer}."
+        for name, tensor in tensors.items():
+            value = tensor.dequantize() if isinstance(tensor, QuantizedWeight) else tensor.float()
+            assign(self._layer, name.removeprefix(prefix), value)
+        self._rope = spec.layers[layer].mixer.rope
+        rounding: dict[str, Rounding] = {}
+        for group, names in GROUPS.items():
+            matrix = tensors[f"{prefix}{names[0]}.weight"]
+            if isinstance(matrix, QuantizedWeight):
+                rounding[group] = matrix.format.activations
+        self._ops = _ObservedOps(self._layer, rounding)
+
+    def forward(self, hidden: Tensor, observe: Observe | None = None) -> Tensor:
+        """Activations that leave the layer, float32 [samples, T, D]. ``observe(group, x)`` sees
+        the inputs [T, in_features] of each group of :data:`GROUPS`, sample by sample."""
+        count = hidden.shape[1]
+        tables = None if self._rope is None else rope_tables(self._rope, count)
+        ops = self._ops
+        self._layer.mixer.bind(ops, tables, None)
+        self._layer.ffn.bind(ops)
+        ops.observe = observe
+        step = whole_text(torch.zeros(count, dtype=torch.int32))
+        with torch.no_grad():
+            return torch.stack([self._layer(sample, ops, step) for sample in hidden.float()])
+
+
+class _ObservedOps(PlainOps):
+    def __init__(self, layer: DecoderLayer, rounding: Mapping[str, Rounding]) -> None:
+        super().__init__()
+        self._rounding = rounding
+        self.observe: Observe | None = None
+        firsts = {group: names[0] for group, names in GROUPS.items()}
+        self._groups = {id(layer.get_submodule(name)): g for g, name in firsts.items()}
+
+    def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> PlainMatrix:
+        assert id(linears[0]) in self._groups
+        return super().pack(linears, layout)
+
+    def matmul(
+        self,
+        x: Tensor,
+        matrix: PlainMatrix,
+        *,
+        norm: RMSNorm | None = None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        x = x if norm is None else rms_norm(x, norm)
+        group = self._groups[id(matrix.linears[0])]
+        if self.observe is not None:
+            self.observe(group, x)
+        x = round_rows(x, self._rounding.get(group))
+        return super().matmul(x, matrix, activation=activation, residual=residual)
+
+
+def round_rows(x: Tensor, to: Rounding) -> Tensor:
+    """Each row of ``x`` [R, K] at 8 bits with a scale of its own, as a product's inputs."""
+    if to is None:
+        return x
+    top = FP8_MAX if to == "fp8" else 127.0
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
+    q = x / scale
+    q = q.round() if to == "int8" else q.clamp(-top, top).to(torch.float8_e4m3fn).float()
+    return q * scale
+
+
+def whole_text(token_ids: Tensor) -> StepInputs:
+    """One sequence, every position, nothing cached; ``token_ids`` int32 [T]."""
+    count = len(token_ids)
+    positions = torch.arange(count, dtype=torch.int32)
+    return StepInputs(
+        token_ids=token_ids,
+        positions=positions,
+        row_seq=torch.zeros(count, dtype=torch.int32),
+        kv_end=positions + 1,
+        seq_starts=torch.tensor([0, count], dtype=torch.int32),
+        logit_rows=positions,
+    )
+
+
+def embedded(spec: ModelSpec, tensors: Tensors, tokens: Tensor) -> Tensor:
+    """What the embed unit hands to the first layer, float32 [samples, T, D]."""
+    table = tensors["embed_tokens.weight"]
+    if isinstance(table, QuantizedWeight):
+        table = table.dequantize()
+    return torch.nn.functional.embedding(tokens, table).float() * spec.embed_scale
