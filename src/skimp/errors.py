@@ -7,6 +7,8 @@ them. The command line prints the message alone and exits with code 2; anything 
 
 from __future__ import annotations
 
+from typing import Any
+
 LONGEST = 1000  # characters of a message
 
 
@@ -49,3 +51,12 @@ class ShrinkError(SkimpError):
 
 class SkimpWarning(UserWarning):
     """Something configured is skipped without changing any result; the message names it."""
+
+
+def shown(value: Any) -> str:
+    """A value short enough for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to spell out integers of thousands of digits
+        return "a huge integer" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."

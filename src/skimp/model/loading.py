@@ -6,18 +6,23 @@ Weights are mapped from their files and become parameters without a copy where t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from skimp.errors import CheckpointError, ConfigError
+from skimp.errors import CheckpointError, ConfigError, SkimpWarning
+from skimp.formats import QuantizedWeight, WeightFormat, quantize
+from skimp.formats.checkpoints import Part, Spelling, spelling
 from skimp.model import families
 from skimp.model.checkpoint import StoredTensor, inside, map_tensors, read_directory, read_json
 from skimp.model.families.reader import ConfigReader
+from skimp.model.layers import Linear
 from skimp.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 CONFIG_FILE: Final = "config.json"
 GENERATION_FILE: Final = "generation_config.json"
+CACHE_SCALES: Final = (".k_scale", ".v_scale")
 RANDOM_CHUNK: Final = 1 << 21  # weights drawn from one generator
 
 
@@ -71,40 +77,124 @@ def load_decoder(directory: Path | str, *, dtype: torch.dtype | str = "auto") ->
     target = None if dtype == "auto" else as_dtype(dtype)
     stored = load_stored(directory, spec, decoder)
     if target is None:
-        found = {tensor.dtype for tensor in stored.values()}
+        found = {tensor.dtype for tensor in stored.dense.values()}
         target = found.pop() if len(found) == 1 else as_dtype(spec.dtype)
         if target == torch.float16:
             target = torch.float32
-    for name, tensor in map_tensors(stored):
-        assign(decoder, name, tensor.to(target))
-        del tensor  # or the last mapping would outlive this loop's next step
+    for name, value in stored.read():
+        if isinstance(value, Tensor):
+            assign(decoder, name, value.to(target))
+        else:
+            linear = decoder.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(linear, Linear)
+            linear.quantized = value
+        del value  # or the last mapping would outlive this loop's next step
     return decoder
 
 
-def load_stored(
-    directory: Path | str, spec: ModelSpec, decoder: Decoder
-) -> dict[str, StoredTensor]:
-    """Our parameter name → its place in the files, checked against the decoder's shapes."""
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """Where a model's tensors lie: dense ones by our parameter names, and the parts of those in
+    low-bit formats by our matrix names."""
+
+    dense: dict[str, StoredTensor]
+    parts: dict[str, dict[str, StoredTensor]]
+    formats: Mapping[str, WeightFormat]
+    shapes: Mapping[str, tuple[int, ...]]
+    spelling: Spelling | None
+
+    def names(self) -> list[str]:
+        """Our parameter names, the low-bit matrices under their weights'."""
+        return [*self.dense, *(f"{name}.weight" for name in self.parts)]
+
+    def read(
+        self, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        """Each tensor (of ``names``, or all), mapped, in file order; a low-bit matrix when its
+        last part is there."""
+        wanted = set(self.names() if names is None else names)
+        flat = {name: tensor for name, tensor in self.dense.items() if name in wanted}
+        part_of: dict[str, tuple[str, str]] = {}
+        for matrix, parts in self.parts.items():
+            if f"{matrix}.weight" not in wanted:
+                continue
+            for part, place in parts.items():
+                key = f"{matrix}:{part}"
+                flat[key], part_of[key] = place, (matrix, part)
+        waiting: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in map_tensors(flat):
+            if key not in part_of:
+                yield key, tensor
+                continue
+            matrix, part = part_of[key]
+            found = waiting.setdefault(matrix, {})
+            found[part] = tensor
+            if len(found) == len(self.parts[matrix]):
+                yield f"{matrix}.weight", self._decode(matrix, waiting.pop(matrix))
+            del found, tensor
+
+    def _decode(self, matrix: str, parts: dict[str, Tensor]) -> Tensor | QuantizedWeight:
+        assert self.spelling is not None
+        n, k = self.shapes[f"{matrix}.weight"]
+        try:
+            return self.spelling.decode(self.formats[matrix], (n, k), parts)
+        except CheckpointError as error:
+            file = next(iter(self.parts[matrix].values())).file
+            raise CheckpointError(f"{file}: {matrix}: {error}") from None
+
+
+def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Stored:
+    """Each parameter's place in the files, checked against the decoder's shapes."""
     directory = _directory(directory)
+    config = load_config(directory)
+    speller = spelling(config["quantization_config"]) if spec.formats else None
+    shapes = parameter_shapes(spec)
     ours = {theirs: name for name, theirs in families.tensor_names(spec).items()}
-    rename = families.family_of(load_config(directory)).stored_name
-    stored: dict[str, StoredTensor] = {}
+    assert set(shapes) == set(ours.values()), "family and decoder disagree on parameter names"
+    places: dict[str, tuple[str, str]] = {}  # a part's name in the files: our matrix, the part
+    wanted: dict[str, dict[str, Part]] = {}
+    for matrix, form in spec.formats.items():
+        assert speller is not None
+        n, k = shapes[f"{matrix}.weight"]
+        wanted[matrix] = speller.parts(form, (n, k))
+        module = families.tensor_names(spec)[f"{matrix}.weight"].removesuffix(".weight")
+        del ours[f"{module}.weight"]
+        places |= {f"{module}.{part}": (matrix, part) for part in wanted[matrix]}
+    rename = families.family_of(config).stored_name
+    dense: dict[str, StoredTensor] = {}
+    parts: dict[str, dict[str, StoredTensor]] = {matrix: {} for matrix in wanted}
     extra: list[StoredTensor] = []
+    superseded = 0
     for raw, tensor in read_directory(directory).items():
         theirs = rename(raw)
         if theirs is None:
             continue
-        name = ours.get(theirs)
-        if name is None:
-            extra.append(tensor)
-        elif name in stored:
-            raise CheckpointError(f"{tensor.file}: {raw!r} and {stored[name].name!r} are the same")
+        if theirs in ours:
+            into, key = dense, ours[theirs]
+        elif theirs in places:
+            matrix, key = places[theirs]
+            into = parts[matrix]
+        elif spec.cache_format is not None and theirs.endswith(CACHE_SCALES):
+            superseded += 1
+            continue
         else:
-            stored[name] = tensor
-    wanted = {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
-    assert set(wanted) == set(ours.values()), "family and decoder disagree on parameter names"
-    missing = [theirs for theirs, name in ours.items() if name not in stored]
-    extra = [tensor for tensor in extra if not _is_tied_head(tensor, spec, stored)]
+            extra.append(tensor)
+            continue
+        if key in into:
+            raise CheckpointError(f"{tensor.file}: {raw!r} and {into[key].name!r} are the same")
+        into[key] = tensor
+    if superseded:
+        message = (
+            f"{directory}: {superseded} fixed cache scales are skipped: skimp scales each token"
+        )
+        warnings.warn(message, SkimpWarning, stacklevel=2)
+    missing = [theirs for theirs, name in ours.items() if name not in dense]
+    missing += [
+        name
+        for name, (matrix, part) in places.items()
+        if wanted[matrix][part].required and part not in parts[matrix]
+    ]
+    extra = [tensor for tensor in extra if not _is_tied_head(tensor, spec, dense)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         hint = f"; found {extra[0].name!r}, which the config has no place for" if extra else ""
@@ -114,18 +204,25 @@ def load_stored(
         raise CheckpointError(
             f"{extra[0].file}: the config has no place for tensor {extra[0].name!r}{more}"
         )
-    for name, tensor in stored.items():
-        if tensor.shape != wanted[name]:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "
-                f"the config wants {list(wanted[name])}"
-            )
-        if tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}, "
-                f"weights must be one of {', '.join(map(str, FLOATS))}"
-            )
-    return stored
+    for name, tensor in dense.items():
+        _check_stored(tensor, Part((shapes[name],), FLOATS))
+    for matrix, found in parts.items():
+        for part, tensor in found.items():
+            _check_stored(tensor, wanted[matrix][part])
+    return Stored(dense=dense, parts=parts, formats=spec.formats, shapes=shapes, spelling=speller)
+
+
+def _check_stored(tensor: StoredTensor, wanted: Part) -> None:
+    if tensor.shape not in wanted.shapes:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "
+            f"the config wants {list(wanted.shapes[0])}"
+        )
+    if tensor.dtype not in wanted.dtypes:
+        raise CheckpointError(
+            f"{tensor.file}: tensor {tensor.name!r} is {tensor.dtype}, "
+            f"it must be one of {', '.join(map(str, wanted.dtypes))}"
+        )
 
 
 def _is_tied_head(tensor: StoredTensor, spec: ModelSpec, stored: Mapping[str, Any]) -> bool:
@@ -149,7 +246,18 @@ def empty_decoder(spec: ModelSpec) -> Decoder:
     from skimp.model.decoder import Decoder
 
     with torch.device("meta"):
-        return Decoder(spec)
+        decoder = Decoder(spec)
+    for name in spec.formats:
+        linear = decoder.get_submodule(name)
+        assert isinstance(linear, Linear)
+        linear.weight = None
+    return decoder
+
+
+def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape, a low-bit matrix standing under its weight's name."""
+    decoder = empty_decoder(replace(spec, formats={}))
+    return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
 
 
 def assign(decoder: nn.Module, name: str, tensor: Tensor) -> None:
@@ -163,7 +271,8 @@ def random_decoder(spec: ModelSpec, seed: int = 0, dtype: torch.dtype | str = "f
     biases and sinks small. The same seed gives the same weights in every dtype, up to rounding,
     and whatever the number of threads."""
     target = as_dtype(dtype)
-    decoder = empty_decoder(spec)
+    decoder = empty_decoder(replace(spec, formats={}))
+    decoder.spec = spec
     seeds = torch.Generator().manual_seed(seed)
     chunks: list[tuple[Tensor, float, int]] = []
     for name, parameter in list(decoder.named_parameters()):
@@ -182,6 +291,10 @@ def random_decoder(spec: ModelSpec, seed: int = 0, dtype: torch.dtype | str = "f
     # One call fills on one thread, without Python's lock.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(fill, chunks))
+    for name, form in spec.formats.items():
+        linear = decoder.get_submodule(name)
+        assert isinstance(linear, Linear) and linear.weight is not None
+        linear.quantized, linear.weight = quantize(linear.weight.detach(), form), None
     return decoder
 
 

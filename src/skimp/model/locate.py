@@ -7,8 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from skimp.errors import ModelNotFoundError
-from skimp.model.families.reader import shown
+from skimp.errors import ModelNotFoundError, shown
 
 # Never *.bin, *.py or the like: nothing that is downloaded can be code or a pickle.
 HUB_FILES: Final = (

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -20,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from skimp.errors import CheckpointError
+from skimp.formats import QuantizedWeight, compressed_tensors
 from skimp.model import families
 from skimp.model.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE, inside
-from skimp.model.loading import CONFIG_FILE, FLOATS, GENERATION_FILE, empty_decoder
+from skimp.model.layers import Linear
+from skimp.model.loading import CONFIG_FILE, FLOATS, GENERATION_FILE, parameter_shapes
 from skimp.model.spec import ModelSpec
 
 # What travels with the weights: never code, never other exports of the weights.
@@ -46,15 +50,16 @@ DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 def save_checkpoint(
     directory: Path | str,
     spec: ModelSpec,
-    tensors: Mapping[str, Tensor] | nn.Module,
+    tensors: Mapping[str, Tensor | QuantizedWeight] | nn.Module,
     *,
     tokenizer_files_from: Path | str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write ``directory``, which must not exist or be empty, and return it.
 
-    ``tensors`` is a decoder or a mapping from our parameter names, read one tensor at a time, so
-    it may make them on demand. The tokenizer's files, the chat template and
+    ``tensors`` is a decoder or a mapping from our parameter names, read one tensor at a time (and
+    more than once), so it may make them on demand; matrices in the spec's low-bit formats stand
+    under their weights' names and are written as compressed-tensors. The tokenizer's files, the chat template and
     ``generation_config.json`` are copied from ``tokenizer_files_from``. ``config.json`` gets the
     dtype the tensors have. Raises ConfigError if the family cannot express the spec,
     CheckpointError if tensors are missing or of the wrong shape, or the directory is taken.
@@ -63,101 +68,118 @@ def save_checkpoint(
     if directory.is_symlink() or (directory.exists() and not _is_empty(directory)):
         raise CheckpointError(f"{directory}: exists already and is not an empty directory")
     if isinstance(tensors, nn.Module):
-        tensors = dict(tensors.named_parameters())
-    layouts = _check(spec, tensors)
-    dtypes = {dtype for dtype, _ in layouts.values()}
+        tensors = module_tensors(tensors)
+    pieces = _pieces(spec, tensors)
+    dtypes = {piece.dtype for piece in pieces if piece.part is None}
     if len(dtypes) == 1:
         spec = dataclasses.replace(spec, dtype=str(dtypes.pop()).removeprefix("torch."))
     config = families.to_config(spec)  # before any work, since the class may not be able to
-    stored = families.tensor_names(spec)
     with _appearing(directory) as partial:
         if tokenizer_files_from is not None:
             _copy_companions(Path(tokenizer_files_from), partial)
-        shards = _plan(layouts, shard_bytes)
+        shards = _plan(pieces, shard_bytes)
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards, 1):
+        for number, shard in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             file = file if len(shards) > 1 else SINGLE_FILE
-            _write_shard(partial / file, names, layouts, tensors, stored)
-            weight_map |= {stored[name]: file for name in names}
+            _write_shard(partial / file, shard, tensors)
+            weight_map |= {piece.stored: file for piece in shard}
         if len(shards) > 1:
-            total = sum(_nbytes(*layout) for layout in layouts.values())
+            total = sum(piece.nbytes for piece in pieces)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             _write_json(partial / INDEX_FILE, index)
         _write_json(partial / CONFIG_FILE, config)
     return directory
 
 
-def _check(
-    spec: ModelSpec, tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """Each tensor's dtype and shape, once they are those of the spec's decoder."""
-    wanted = {name: p.shape for name, p in empty_decoder(spec).named_parameters()}
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of the files: of our parameter ``name``, or that part of a low-bit matrix."""
+
+    name: str
+    part: str | None
+    stored: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
+def _pieces(spec: ModelSpec, tensors: Mapping[str, Tensor | QuantizedWeight]) -> list[_Piece]:
+    """What to write, in the decoder's order, once it is what the spec says."""
+    wanted = parameter_shapes(spec)
+    stored = families.tensor_names(spec)
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     if missing:
         raise CheckpointError(f"tensor {missing[0]!r} is missing, or a backend has packed it")
     if extra:
         raise CheckpointError(f"tensor {extra[0]!r} has no place in this {spec.family} spec")
-    layouts = {}
+    pieces: list[_Piece] = []
     for name, shape in wanted.items():
         tensor = tensors[name]
-        if tensor.shape != shape:
+        if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"tensor {name!r} has shape {list(tensor.shape)}, the spec wants {list(shape)}"
             )
+        form = spec.formats.get(name.removesuffix(".weight"))
+        found = tensor.format if isinstance(tensor, QuantizedWeight) else None
+        if found != form:
+            told = [f.name if f is not None else "dense" for f in (found, form)]
+            raise CheckpointError(f"tensor {name!r} is {told[0]}, the spec says {told[1]}")
+        if isinstance(tensor, QuantizedWeight):
+            module = stored[name].removesuffix(".weight")
+            pieces += [
+                _Piece(name, part, f"{module}.{part}", value.dtype, tuple(value.shape))
+                for part, value in compressed_tensors.encode(tensor)
+            ]
+            continue
         if tensor.dtype not in FLOATS:
             raise CheckpointError(f"tensor {name!r} is {tensor.dtype}, which no config can name")
-        layouts[name] = (tensor.dtype, tensor.shape)
-    return layouts
+        pieces.append(_Piece(name, None, stored[name], tensor.dtype, shape))
+    return pieces
 
 
-def _nbytes(dtype: torch.dtype, shape: torch.Size) -> int:
-    return dtype.itemsize * shape.numel()
-
-
-def _plan(
-    layouts: Mapping[str, tuple[torch.dtype, torch.Size]], shard_bytes: int
-) -> list[list[str]]:
-    """Names by shard, in the decoder's order, so that the plan depends on the spec alone."""
-    shards: list[list[str]] = []
+def _plan(pieces: Sequence[_Piece], shard_bytes: int) -> list[list[_Piece]]:
+    """Pieces by shard, in the decoder's order, so that the plan depends on the spec alone."""
+    shards: list[list[_Piece]] = []
     size = shard_bytes
-    for name, layout in layouts.items():
-        if not shards or size + _nbytes(*layout) > shard_bytes:
+    for piece in pieces:
+        if not shards or size + piece.nbytes > shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(name)
-        size += _nbytes(*layout)
+        shards[-1].append(piece)
+        size += piece.nbytes
     return shards
 
 
 def _write_shard(
-    path: Path,
-    names: Sequence[str],
-    layouts: Mapping[str, tuple[torch.dtype, torch.Size]],
-    tensors: Mapping[str, Tensor],
-    stored: Mapping[str, str],
+    path: Path, pieces: Sequence[_Piece], tensors: Mapping[str, Tensor | QuantizedWeight]
 ) -> None:
     """One safetensors file, a tensor at a time. Wider dtypes come first, so all are aligned."""
-    names = sorted(names, key=lambda name: -layouts[name][0].itemsize)
+    pieces = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name in names:
-        dtype, shape = layouts[name]
-        end = offset + _nbytes(dtype, shape)
-        header[stored[name]] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
+    for piece in pieces:
+        header[piece.stored] = {
+            "dtype": DTYPE_NAMES[piece.dtype],
+            "shape": list(piece.shape),
+            "data_offsets": [offset, offset + piece.nbytes],
         }
-        offset = end
+        offset += piece.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for name in names:
-            tensor = tensors[name].detach().cpu().contiguous()
-            if (tensor.dtype, tensor.shape) != layouts[name]:
-                raise CheckpointError(f"tensor {name!r} changed while it was being written")
+        for piece in pieces:
+            whole = tensors[piece.name]
+            if isinstance(whole, QuantizedWeight):
+                assert piece.part is not None
+                whole = dict(compressed_tensors.encode(whole))[piece.part]
+            tensor = whole.detach().cpu().contiguous()
+            if (tensor.dtype, tuple(tensor.shape)) != (piece.dtype, piece.shape):
+                raise CheckpointError(f"tensor {piece.name!r} changed while it was being written")
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         _flush(file)
 
@@ -176,6 +198,15 @@ def _copy_companions(source: Path, target: Path) -> None:
             with inside(source, name).open("rb") as read, (target / name).open("wb") as write:
                 shutil.copyfileobj(read, write)
                 _flush(write)
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor | QuantizedWeight]:
+    """The parameters of a decoder, low-bit matrices included."""
+    found: dict[str, Tensor | QuantizedWeight] = dict(module.named_parameters())
+    for name, child in module.named_modules():
+        if isinstance(child, Linear) and child.quantized is not None:
+            found[f"{name}.weight"] = child.quantized
+    return found
 
 
 def _flush(file: BinaryIO) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from skimp.formats.weight import QuantizedWeight
+from skimp.formats.weight import FP8_MAX, QuantizedWeight
 from skimp.kernels.ops import PackLayout, StepInputs
 from skimp.kernels.plain import PlainMatrix, PlainOps, rms_norm
 from skimp.model.decoder import DecoderLayer
@@ -26,12 +26,13 @@ GROUPS: Final = {
     "ffn.down_proj": ("ffn.down_proj",),
 }
 Observe = Callable[[str, Tensor], None]
+Rounding = Literal["int8", "fp8"] | None
 
 
 class LayerRunner:
     """Layer ``layer`` of a model with ``tensors`` (its unit's), in float32.
 
-    Low-bit matrices act as the weights they stand for; activations are not rounded.
+    Low-bit matrices act as the weights they stand for, on inputs rounded as their format says.
     """
 
     def __init__(self, spec: ModelSpec, layer: int, tensors: Tensors) -> None:
@@ -42,7 +43,12 @@ class LayerRunner:
             value = tensor.dequantize() if isinstance(tensor, QuantizedWeight) else tensor.float()
             assign(self._layer, name.removeprefix(prefix), value)
         self._rope = spec.layers[layer].mixer.rope
-        self._ops = _ObservedOps(self._layer)
+        rounding: dict[str, Rounding] = {}
+        for group, names in GROUPS.items():
+            matrix = tensors[f"{prefix}{names[0]}.weight"]
+            if isinstance(matrix, QuantizedWeight):
+                rounding[group] = matrix.format.activations
+        self._ops = _ObservedOps(self._layer, rounding)
 
     def forward(self, hidden: Tensor, observe: Observe | None = None) -> Tensor:
         """Activations that leave the layer, float32 [samples, T, D]. ``observe(group, x)`` sees
@@ -59,8 +65,9 @@ class LayerRunner:
 
 
 class _ObservedOps(PlainOps):
-    def __init__(self, layer: DecoderLayer) -> None:
+    def __init__(self, layer: DecoderLayer, rounding: Mapping[str, Rounding]) -> None:
         super().__init__()
+        self._rounding = rounding
         self.observe: Observe | None = None
         firsts = {group: names[0] for group, names in GROUPS.items()}
         self._groups = {id(layer.get_submodule(name)): g for g, name in firsts.items()}
@@ -79,9 +86,22 @@ class _ObservedOps(PlainOps):
         residual: Tensor | None = None,
     ) -> Tensor:
         x = x if norm is None else rms_norm(x, norm)
+        group = self._groups[id(matrix.linears[0])]
         if self.observe is not None:
-            self.observe(self._groups[id(matrix.linears[0])], x)
+            self.observe(group, x)
+        x = round_rows(x, self._rounding.get(group))
         return super().matmul(x, matrix, activation=activation, residual=residual)
+
+
+def round_rows(x: Tensor, to: Rounding) -> Tensor:
+    """Each row of ``x`` [R, K] at 8 bits with a scale of its own, as a product's inputs."""
+    if to is None:
+        return x
+    top = FP8_MAX if to == "fp8" else 127.0
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
+    q = x / scale
+    q = q.round() if to == "int8" else q.clamp(-top, top).to(torch.float8_e4m3fn).float()
+    return q * scale
 
 
 def whole_text(token_ids: Tensor) -> StepInputs:

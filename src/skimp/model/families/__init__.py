@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
-from skimp.errors import ConfigError
-from skimp.model.families.reader import shown
+from skimp.errors import ConfigError, shown
+from skimp.formats.checkpoints import spelling
 from skimp.model.spec import ModelSpec
 
 MODEL_TYPES = ("cwm", "gemma2", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -56,15 +57,46 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def to_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """The spec of a ``config.json``."""
-    return family_of(config).to_spec(config)
+    """The spec of a ``config.json``, low-bit formats included."""
+    quantization = config.get("quantization_config")
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    spec = family_of(config).to_spec(plain)
+    if not quantization:
+        return spec
+    formats, cache = spelling(quantization).read_config(quantization, _modules(spec))
+    return replace(spec, formats=formats, cache_format=cache)
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    """A ``config.json`` for the spec, in the spelling both transformers 4 and 5 read."""
-    return family(spec.family).to_config(spec)
+    """A ``config.json`` for the spec, in the spelling both transformers 4 and 5 read; low-bit
+    formats are written as compressed-tensors."""
+    config = family(spec.family).to_config(replace(spec, formats={}, cache_format=None))
+    if spec.formats or spec.cache_format is not None:
+        from skimp.formats import compressed_tensors
+
+        modules = _modules(spec)
+        written = compressed_tensors.write_config(spec.formats, spec.cache_format, modules)
+        back = compressed_tensors.read_config(written, modules)
+        if back != (dict(spec.formats), spec.cache_format):
+            raise ConfigError("quantization_config: compressed-tensors cannot express the formats")
+        config["quantization_config"] = written
+    return config
 
 
 def tensor_names(spec: ModelSpec) -> Mapping[str, str]:
     """Our parameter name → the checkpoint's, one to one."""
     return family(spec.family).tensor_names(spec)
+
+
+def _modules(spec: ModelSpec) -> dict[str, str]:
+    """Our matrix name → the checkpoint's module name."""
+    return {
+        ours.removesuffix(".weight"): theirs.removesuffix(".weight")
+        for ours, theirs in tensor_names(spec).items()
+        if is_matrix(ours)
+    }
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a parameter of ours is a matrix that can have a low-bit format."""
+    return name.endswith((".weight",)) and "norm" not in name

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Final
 
-from skimp.errors import ConfigError, SkimpWarning
-from skimp.model.families.reader import REQUIRED, ConfigReader, shown
+from skimp.errors import ConfigError, SkimpWarning, shown
+from skimp.model.families.reader import REQUIRED, ConfigReader
 from skimp.model.spec import (
     Activation,
     AttentionSpec,

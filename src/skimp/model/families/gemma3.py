@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from skimp.errors import ConfigError
+from skimp.errors import ConfigError, shown
 from skimp.model.families import gemma3_text
 from skimp.model.families.gemma3_text import tensor_names, to_config
-from skimp.model.families.reader import shown
 from skimp.model.spec import ModelSpec
 
 __all__ = ["stored_name", "tensor_names", "to_config", "to_spec"]

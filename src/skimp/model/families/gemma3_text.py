@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from skimp.errors import shown
 from skimp.model.families import common
 from skimp.model.families.common import stored_name
-from skimp.model.families.reader import ConfigReader, shown
+from skimp.model.families.reader import ConfigReader
 from skimp.model.families.rope_config import rope_from
 from skimp.model.spec import AttentionSpec, ModelSpec, RopeSpec
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
-from skimp.errors import ConfigError, SkimpWarning
+from skimp.errors import ConfigError, SkimpWarning, shown
 
 T = TypeVar("T")
 REQUIRED: Final[Any] = object()
@@ -154,12 +154,6 @@ class ConfigReader:
         for name, value in rest.items():
             if name in IRRELEVANT or name.startswith("_") or not value:
                 continue
-            if name == "quantization_config":
-                method = value.get("quant_method") if isinstance(value, dict) else value
-                raise self.refuse(
-                    f"quantization_config (quant_method {shown(method)}): "
-                    "quantized checkpoints cannot be read yet"
-                )
             if name == "auto_map":
                 self.warn("auto_map is skipped: code from a model directory is never run")
             elif MEANINGFUL.search(name.lower()):
@@ -170,12 +164,3 @@ class ConfigReader:
 
     def warn(self, message: str) -> None:
         warnings.warn(f"{self.family} config: {message}", SkimpWarning, stacklevel=2)
-
-
-def shown(value: Any) -> str:
-    """A value short enough for a message."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to spell out integers of thousands of digits
-        return "a huge integer" if isinstance(value, int) else f"a {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from skimp.model.families.reader import ConfigReader, shown
+from skimp.errors import shown
+from skimp.model.families.reader import ConfigReader
 from skimp.model.spec import RopeSpec
 
 # The keys each type reads besides rope_type (or type) and rope_theta.

@@ -1,0 +1,293 @@
+"""Our quantizers against llm-compressor's and hqq's: one model, one calibration, one text.
+
+    python benchmarks/quantizers_compare.py --model DIR --tools-python PYTHON -o RESULT
+
+``--tools-python`` is an interpreter that has ``llmcompressor`` and ``hqq``. Every model is judged
+by the same code: weights dequantized to float32, all windows of the evaluation text, KL to the base
+and bits per byte, with 95 % intervals from a bootstrap over windows. Differences are paired: the
+interval of ours minus theirs is over the same windows. Writes RESULT.md and RESULT.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from skimp.formats.weight import QuantizedWeight, quantize
+from skimp.kernels.plain import PlainOps
+from skimp.meter.quality import split_documents
+from skimp.model.decoder import Decoder
+from skimp.model.loading import assign, empty_decoder, load_decoder, load_spec
+from skimp.model.saving import module_tensors
+from skimp.model.spec import ModelSpec
+from skimp.shrink.capture import whole_text
+from skimp.shrink.quantize import Quantize
+from skimp.shrink.step import Run, Unit, unit_names
+from skimp.text import Tokenizer
+
+ASSETS = Path(__file__).parents[1] / "src/skimp/assets"
+TOOLS = Path(__file__).with_name("quantizers_tools.py")
+RESAMPLES = 4000
+# Ours, and the tool's row each has to match. Formats are the tools' own defaults.
+OURS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "skimp rtn int4": ({"format": "int4", "method": "rtn"}, None),
+    "skimp rtn int4-asym": ({"format": "int4", "method": "rtn", "symmetric": False}, None),
+    "skimp hqq int4-asym": ({"format": "int4", "method": "hqq"}, "hqq 4-bit"),
+    "skimp hqq int4": ({"format": "int4", "method": "hqq", "symmetric": True}, None),
+    "skimp gptq int4": ({"format": "int4", "method": "gptq"}, "llmcompressor GPTQ W4A16"),
+    "skimp gptq int4-asym": ({"format": "int4", "method": "gptq", "symmetric": False}, None),
+    "skimp awq int4": ({"format": "int4", "method": "awq"}, "llmcompressor AWQ W4A16"),
+    "skimp awq int4-asym": (
+        {"format": "int4", "method": "awq", "symmetric": False},
+        "llmcompressor AWQ W4A16_ASYM",
+    ),
+    "skimp rtn int8": ({"format": "int8", "method": "rtn"}, None),
+    "skimp rtn int8-a8": ({"format": "int8", "method": "rtn", "activations": "int8"}, None),
+    "skimp rtn fp8": ({"format": "fp8", "method": "rtn"}, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Of each window: KL to the base and bits, in nats and bits, and bytes."""
+
+    kl: Tensor
+    bits: Tensor
+    positions: int
+    bytes: int
+
+
+def windows(tokenizer: Tokenizer, text: str, length: int, prefix: int) -> Tensor:
+    """Token windows [W, length] of a text, a document after the other, the rest dropped."""
+    ids: list[int] = []
+    for document in split_documents(text):
+        ids += [prefix, *tokenizer.encode(document, add_special=False)]
+    whole = len(ids) // length * length
+    return torch.tensor(ids[:whole]).view(-1, length)
+
+
+def shrunk(
+    step: Quantize, spec: ModelSpec, tensors: dict[str, Tensor], tokens: Tensor
+) -> tuple[ModelSpec, dict[str, Tensor | QuantizedWeight], list[str]]:
+    """The step run over a model in memory, as the pipeline does it on disk."""
+    calibrated, notes = step.need(spec).calibration, []
+    hidden = None
+    out: dict[str, Tensor | QuantizedWeight] = {}
+    for index, name in enumerate(unit_names(spec)):
+        own = {n: t for n, t in tensors.items() if _unit(n) == name}
+        unit = Unit(name=name, index=index, spec=spec, tensors=own)
+        run = Run(pass_index=0, state={}, notes=notes, tokens=tokens if calibrated else None)
+        run.hidden = hidden
+        result = step.visit(unit, run)
+        assert result.tensors is not None
+        out |= result.tensors
+        hidden = result.hidden
+    return step.output_spec(spec, {}), out, notes
+
+
+def _unit(name: str) -> str:
+    if name.startswith("layers."):
+        return ".".join(name.split(".")[:2])
+    return "embed" if name.startswith("embed_tokens") else "head"
+
+
+def in_float32(spec: ModelSpec, tensors: dict[str, Tensor | QuantizedWeight]) -> Decoder:
+    decoder = empty_decoder(dataclasses.replace(spec, formats={}))
+    for name, tensor in tensors.items():
+        dense = tensor.dequantize() if isinstance(tensor, QuantizedWeight) else tensor.float()
+        assign(decoder, name, dense)
+    return decoder
+
+
+class RoundedInputs(PlainOps):
+    """Products of whose inputs each row is rounded to int8, but for the output matrix."""
+
+    def matmul(self, x: Tensor, matrix: Any, **more: Any) -> Tensor:
+        from skimp.kernels.plain import rms_norm
+        from skimp.shrink.capture import round_rows
+
+        norm = more.pop("norm", None)
+        x = x if norm is None else rms_norm(x, norm)
+        head = matrix.linears[0].out_features == self.vocab
+        return super().matmul(x if head else round_rows(x, "int8"), matrix, **more)
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()
+        self.vocab = vocab
+
+
+def log_probabilities(decoder: Decoder, tokens: Tensor, ops: PlainOps) -> Iterator[Tensor]:
+    """float32 [T - 1, V] of each window [T]."""
+    decoder.bind(ops, max_positions=tokens.shape[1])
+    with torch.no_grad():
+        for window in tokens:
+            logits = decoder(whole_text(window.int()), ops)
+            yield logits[:-1].log_softmax(-1)
+
+
+def score(base: Decoder, other: Decoder, ops: PlainOps, tokens: Tensor, size: int) -> Scores:
+    kl, bits = [], []
+    pairs = zip(log_probabilities(base, tokens, PlainOps()), log_probabilities(other, tokens, ops))
+    for window, (p, q) in zip(tokens, pairs):
+        kl.append(float((p.exp() * (p - q)).sum()))
+        bits.append(-float(q.gather(1, window[1:, None]).sum()) / math.log(2))
+    positions = tokens.shape[0] * (tokens.shape[1] - 1)
+    return Scores(torch.tensor(kl), torch.tensor(bits), positions, size)
+
+
+def interval(values: Tensor, count: int) -> tuple[float, float, float]:
+    """Sum of the windows' values over ``count``, and its 95 % bootstrap interval."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    sums = values.double()[draws].sum(1) / count
+    low, high = torch.quantile(sums, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(values.double().sum()) / count, low, high
+
+
+def row(scores: Scores) -> dict[str, Any]:
+    kl, kl_low, kl_high = interval(scores.kl, scores.positions)
+    bits, low, high = interval(scores.bits, scores.bytes)
+    return {"kl": kl, "kl_ci95": [kl_low, kl_high], "bits_per_byte": bits, "ci95": [low, high]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, default=ASSETS / "models/tales")
+    parser.add_argument("--tools-python", help="an interpreter with llmcompressor and hqq")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--samples", type=int, help="calibration windows (default: all)")
+    parser.add_argument("--windows", type=int, help="evaluation windows (default: all)")
+    parser.add_argument("--only", nargs="*", help="parts of the names of our rows")
+    parser.add_argument("-o", "--output", type=Path, help="without a suffix")
+    options = parser.parse_args()
+    started = time.time()
+    spec = load_spec(options.model)
+    base = load_decoder(options.model)
+    tensors = module_tensors(base)
+    tokenizer = Tokenizer.load(options.model)
+    prefix = spec.bos_token_id if spec.bos_token_id is not None else spec.eos_token_ids[0]
+    texts = {n: (ASSETS / f"text/{n}.txt").read_text() for n in ("calibration", "evaluation")}
+    calibration = windows(tokenizer, texts["calibration"], options.length, prefix)
+    calibration = calibration[: options.samples]
+    evaluation = windows(tokenizer, texts["evaluation"], options.length, prefix)
+    evaluation = evaluation[: options.windows]
+    # The first token of a window is given, so its bytes are not counted.
+    size = sum(len(tokenizer.decode(w[1:].tolist()).encode()) for w in evaluation)
+    exact = in_float32(spec, tensors)
+    found: dict[str, Scores] = {"base": score(exact, exact, PlainOps(), evaluation, size)}
+    rows: dict[str, dict[str, Any]] = {"base": row(found["base"])}
+    versions = {"torch": torch.__version__, "skimp": version("skimp")}
+
+    def judge(name: str, decoder: Decoder, ops: PlainOps, seconds: float) -> None:
+        found[name] = score(exact, decoder, ops, evaluation, size)
+        rows[name] = {**row(found[name]), "seconds": seconds}
+        print(
+            f"{name:32} KL {rows[name]['kl']:.6f}  {rows[name]['bits_per_byte']:.5f} bpb "
+            f"{seconds:.1f} s",
+            flush=True,
+        )
+
+    if options.tools_python:
+        with tempfile.TemporaryDirectory() as scratch:
+            torch.save(calibration, Path(scratch) / "tokens.pt")
+            job = {"model": str(options.model.resolve()), "group_size": options.group_size}
+            (Path(scratch) / "job.json").write_text(json.dumps(job))
+            subprocess.run([options.tools_python, TOOLS, scratch], check=True)
+            said = json.loads((Path(scratch) / "done.json").read_text())
+            versions |= said["versions"]
+            for name, entry in said["models"].items():
+                judge(
+                    name, load_decoder(entry["path"], dtype="float32"), PlainOps(), entry["seconds"]
+                )
+    absmax = Quantize.model_validate({"format": "int4", "group_size": options.group_size})
+    plain = {
+        name: quantize(t, absmax.weight_format)
+        if name.removesuffix(".weight") in absmax.formats(spec)
+        else t
+        for name, t in tensors.items()
+    }
+    judge("round to nearest int4, no search", in_float32(spec, plain), PlainOps(), 0.0)
+    for name, (fields, _) in OURS.items():
+        if options.only and not any(part in name for part in options.only):
+            continue
+        more = {"group_size": options.group_size} if fields["format"] == "int4" else {}
+        step = Quantize.model_validate({**fields, **more})
+        began = time.perf_counter()
+        out_spec, out, notes = shrunk(step, spec, tensors, calibration)
+        seconds = time.perf_counter() - began
+        ops = RoundedInputs(spec.vocab_size) if step.activations == "int8" else PlainOps()
+        judge(name, in_float32(out_spec, out), ops, seconds)
+        rows[name]["notes"] = notes
+    duels = []
+    for ours, (_, theirs) in OURS.items():
+        if ours in found and theirs in found:
+            kl = interval(found[ours].kl - found[theirs].kl, found[ours].positions)
+            bits = interval(found[ours].bits - found[theirs].bits, size)
+            duels.append({"ours": ours, "theirs": theirs, "kl": kl, "bits_per_byte": bits})
+    result = {
+        "model": options.model.name,
+        "group_size": options.group_size,
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": platform.processor() or platform.machine(),
+        "calibration_windows": len(calibration),
+        "evaluation_windows": len(evaluation),
+        "window_tokens": options.length,
+        "rows": rows,
+        "duels": duels,
+        "minutes": (time.time() - started) / 60,
+    }
+    text = markdown(result)
+    print(text)
+    if options.output:
+        options.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text(text)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [
+        f"# Quantizers on {result['model']}, groups of {result['group_size']}",
+        "",
+        f"{result['calibration_windows']} calibration and {result['evaluation_windows']} evaluation "
+        f"windows of {result['window_tokens']} tokens, the same for all; weights judged in float32; "
+        "95 % intervals from a bootstrap over windows. "
+        + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        + ".",
+        "",
+        "| quantizer | KL to base (nats/token) | bits per byte | seconds |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, r in sorted(result["rows"].items(), key=lambda item: item[1]["kl"]):
+        lines.append(
+            f"| {name} | {r['kl']:.6f} ({r['kl_ci95'][0]:.6f} to {r['kl_ci95'][1]:.6f}) | "
+            f"{r['bits_per_byte']:.5f} ({r['ci95'][0]:.5f} to {r['ci95'][1]:.5f}) | "
+            f"{r.get('seconds', 0):.0f} |"
+        )
+    lines += ["", "Ours minus theirs, paired window by window (below nought: ours loses less):", ""]
+    lines += ["| ours | theirs | KL | bits per byte |", "| --- | --- | --- | --- |"]
+    for duel in result["duels"]:
+        kl, bits = duel["kl"], duel["bits_per_byte"]
+        lines.append(
+            f"| {duel['ours']} | {duel['theirs']} | {kl[0]:+.6f} ({kl[1]:+.6f} to {kl[2]:+.6f}) | "
+            f"{bits[0]:+.5f} ({bits[1]:+.5f} to {bits[2]:+.5f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

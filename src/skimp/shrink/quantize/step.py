@@ -1,0 +1,243 @@
+"""The ``quantize`` step of a recipe: which matrices, in what format, by which method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from skimp.errors import ShrinkError
+from skimp.formats.weight import QuantizedWeight, WeightFormat
+from skimp.shrink.step import Axis, Need, UnitResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skimp.model.spec import ModelSpec
+    from skimp.shrink.step import Run, Tensors, Unit
+
+GROUPS: Final = (
+    ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
+    ("mixer.o_proj",),
+    ("ffn.gate_proj", "ffn.up_proj"),
+    ("ffn.down_proj",),
+)  # share their input, so a backend fuses them and they share a format
+GPTQ_ONLY: Final = ("damping", "block", "act_order")
+CALIBRATED: Final = ("gptq", "awq")
+
+
+class Quantize(BaseModel):
+    """``format`` bf16 leaves a bfloat16 checkpoint as it is and casts another.
+
+    ``group_size`` is that of int4 (default 128, null: a scale an output). ``symmetric`` defaults
+    to true, but for HQQ in int4, whose point are the zero points. ``activations`` int8 with int8
+    is W8A8, fp8 with fp8 the FP8_DYNAMIC of other tools. ``exclude`` has shell patterns over
+    names such as ``layers.3.ffn.down_proj``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str] = "quantize"
+    axis: ClassVar[Axis] = "weights"
+    lossy: ClassVar[bool] = True
+
+    format: Literal["bf16", "int8", "int4", "fp8"]
+    method: Literal["rtn", "hqq", "gptq", "awq"] = "rtn"
+    group_size: int | None = Field(default=None, ge=16)
+    symmetric: bool | None = None
+    activations: Literal["none", "int8", "fp8"] = "none"
+    include: tuple[Literal["lm_head", "embed_tokens"], ...] = ()
+    exclude: tuple[str, ...] = ()
+    damping: float = Field(default=0.01, gt=0, le=1)
+    block: int = Field(default=128, ge=1)
+    act_order: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        given = self.model_fields_set
+        for name in GPTQ_ONLY:
+            if name in given and self.method != "gptq":
+                raise ValueError(f"{name}: only method gptq has it, not {self.method}")
+        if self.format == "bf16":
+            extra = sorted(given - {"format"})
+            if extra:
+                raise ValueError(f"{extra[0]}: format bf16 rounds nothing, so it has no {extra[0]}")
+        if self.group_size is not None and self.format != "int4":
+            raise ValueError(f"group_size: {self.format} has a scale an output and no groups")
+        if self.symmetric is False and self.format != "int4":
+            raise ValueError(f"symmetric: {self.format} weights have no zero point")
+        pair = {"int8": "int8", "fp8": "fp8"}.get(self.activations)
+        if pair is not None and self.format != pair:
+            raise ValueError(f"activations: {self.activations} goes with {pair}, not {self.format}")
+        return self
+
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """Of every targeted matrix; None for bf16."""
+        if self.format == "bf16":
+            return None
+        if self.format in ("int8", "fp8"):
+            kind: Literal["int", "float"] = "int" if self.format == "int8" else "float"
+            activations = None if self.activations == "none" else self.activations
+            return WeightFormat(kind=kind, bits=8, activations=activations)
+        size = self.group_size if "group_size" in self.model_fields_set else 128
+        symmetric = self.method != "hqq" if self.symmetric is None else self.symmetric
+        return WeightFormat(kind="int", bits=4, group_size=size, symmetric=symmetric)
+
+    # ---- plan -----------------------------------------------------------------------------
+
+    def need(self, spec: ModelSpec) -> Need:
+        formats = self.formats(spec)
+        if not formats:
+            return Need()
+        mixers = [layer.mixer for layer in spec.layers]
+        widest = max(spec.hidden_size, *(layer.ffn.intermediate_size for layer in spec.layers))
+        layer = max(
+            spec.hidden_size * (2 * m.q_dim + 2 * m.kv_dim + 3 * s.ffn.intermediate_size)
+            for m, s in zip(mixers, spec.layers)
+        )
+        if self.method not in CALIBRATED:
+            return Need(extra_bytes=10 * 4 * min(layer, 1 << 22) + layer)
+        # The layer in float32, moments and their factors in float64.
+        return Need(calibration=True, extra_bytes=3 * 4 * layer + 6 * 8 * widest**2)
+
+    def planned_spec(self, spec: ModelSpec) -> ModelSpec:
+        formats = self.formats(spec)
+        if self.format == "bf16":
+            return dataclasses.replace(spec, dtype="bfloat16")
+        return dataclasses.replace(spec, formats={**spec.formats, **formats})
+
+    def output_spec(self, spec: ModelSpec, state: Mapping[str, Any]) -> ModelSpec:
+        return self.planned_spec(spec)
+
+    def formats(self, spec: ModelSpec) -> dict[str, WeightFormat]:
+        """What each targeted matrix becomes. Raises ShrinkError, naming the field, if the model
+        cannot take it."""
+        form = self.weight_format
+        if form is None:
+            return {}
+        shapes = _inputs(spec)
+        if "lm_head" in self.include and spec.tie_embeddings:
+            raise ShrinkError("include: lm_head is embed_tokens in this model; include that")
+        optional = {"lm_head", "embed_tokens"} - set(self.include)
+        for pattern in self.exclude:
+            if not any(fnmatchcase(name, pattern) for name in shapes):
+                raise ShrinkError(f"exclude: no matrix of the model is called {pattern!r}")
+        chosen = {
+            name: width
+            for name, width in shapes.items()
+            if name not in optional and not any(fnmatchcase(name, p) for p in self.exclude)
+        }
+        for layer in range(spec.num_layers):
+            for group in GROUPS:
+                names = [f"layers.{layer}.{name}" for name in group]
+                inside = [name for name in names if name in chosen]
+                if inside and len(inside) < len(names):
+                    left = next(name for name in names if name not in chosen)
+                    raise ShrinkError(
+                        f"exclude: {left} shares its input with {inside[0]}, so both or neither"
+                    )
+        for name, width in chosen.items():
+            if name in spec.formats:
+                raise ShrinkError(f"quantize: {name} is {spec.formats[name].name} already")
+            if form.group_size is not None and width % form.group_size:
+                raise ShrinkError(
+                    f"group_size: {name} has {width} inputs, no multiple of {form.group_size}"
+                )
+        return dict.fromkeys(chosen, form)
+
+    # ---- run ------------------------------------------------------------------------------
+
+    def visit(self, unit: Unit, run: Run) -> UnitResult:
+        from skimp.shrink.capture import LayerRunner, embedded
+
+        if self.format == "bf16":
+            return UnitResult(tensors=_cast(unit.tensors))
+        formats = self.formats(unit.spec)
+        calibrated = self.method in CALIBRATED
+        if calibrated and run.tokens is None:
+            raise ShrinkError(f"calibration: {self.method} measures activations and needs a text")
+        if unit.layer is None:
+            out = self._outer(unit, run, formats)
+            hidden = None
+            if calibrated and unit.name == "embed":
+                assert run.tokens is not None
+                hidden = embedded(unit.spec, out, run.tokens)
+            return UnitResult(tensors=out, hidden=hidden)
+        if not calibrated:
+            done: dict[str, Tensor | QuantizedWeight] = dict(unit.tensors)
+            for matrix, form in formats.items():
+                if f"{matrix}.weight" in done:
+                    done[f"{matrix}.weight"] = self._blind(done[f"{matrix}.weight"], form)
+            return UnitResult(tensors=done)
+        from skimp.shrink.quantize.calibrated import awq_layer, gptq_layer
+
+        assert run.hidden is not None
+        if self.method == "awq":
+            layer_out = awq_layer(unit, run.hidden, formats)
+        else:
+            layer_out = gptq_layer(
+                unit,
+                run.hidden,
+                formats,
+                damping=self.damping,
+                block=self.block,
+                act_order=self.act_order,
+                note=run.note,
+            )
+        hidden = LayerRunner(unit.spec, unit.layer, layer_out).forward(run.hidden)
+        return UnitResult(tensors=layer_out, hidden=hidden)
+
+    def _blind(self, weight: Tensor | QuantizedWeight, form: WeightFormat) -> QuantizedWeight:
+        from skimp.shrink.quantize.hqq import hqq
+        from skimp.shrink.quantize.rtn import rtn, stored_scale_dtype
+
+        assert not isinstance(weight, QuantizedWeight)
+        method = hqq if self.method == "hqq" else rtn
+        return method(weight, form, scale_dtype=stored_scale_dtype(weight))
+
+    def _outer(self, unit: Unit, run: Run, formats: Mapping[str, WeightFormat]) -> Tensors:
+        """The table (which has no inputs to measure) or the output matrix."""
+        out = dict(unit.tensors)
+        for matrix, form in formats.items():
+            name = f"{matrix}.weight"
+            if name not in out:
+                continue
+            if matrix == "lm_head" and self.method in CALIBRATED:
+                from skimp.shrink.quantize.calibrated import quantize_head
+
+                assert run.hidden is not None
+                out[name] = quantize_head(
+                    unit, run.hidden, form, None if self.method == "awq" else self, run.note
+                )
+            else:
+                out[name] = self._blind(out[name], form)
+        return out
+
+
+def _inputs(spec: ModelSpec) -> dict[str, int]:
+    """Inputs of every matrix, in the decoder's order."""
+    widths = {"embed_tokens": spec.hidden_size}
+    for i, layer in enumerate(spec.layers):
+        for group in GROUPS:
+            for name in group:
+                width = spec.hidden_size
+                if name == "mixer.o_proj":
+                    width = layer.mixer.q_dim
+                elif name == "ffn.down_proj":
+                    width = layer.ffn.intermediate_size
+                widths[f"layers.{i}.{name}"] = width
+    if not spec.tie_embeddings:
+        widths["lm_head"] = spec.hidden_size
+    return widths
+
+
+def _cast(tensors: Tensors) -> Tensors:
+    import torch
+
+    return {
+        name: tensor if isinstance(tensor, QuantizedWeight) else tensor.to(torch.bfloat16)
+        for name, tensor in tensors.items()
+    }
