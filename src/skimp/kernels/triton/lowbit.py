@@ -76,9 +76,11 @@ def _lowbit_kernel(
         if HAS_ZERO:
             zero = tl.load(zero_ptr + columns * G + g, mask=column_ok, other=0)
         if KIND == 1:
-            # A byte holds an even input and the odd one after it: two products of half the depth.
+            # A byte holds an even input and the odd one after it: two products of half the depth,
+            # with rows whose even inputs come first.
             pairs = k0 // 2 + tl.arange(0, BLOCK_K // 2)
             even, odd = 2 * pairs, 2 * pairs + 1
+            odd_rows = x_rows + (K + 1) // 2
             packed = tl.load(
                 value_rows + pairs[:, None],
                 mask=column_ok[None, :] & (even < end)[:, None],
@@ -90,10 +92,10 @@ def _lowbit_kernel(
                 low = low - zero[None, :]
                 high = high - zero[None, :]
             x_even = tl.load(
-                x_rows + even[None, :], mask=row_ok[:, None] & (even < end)[None, :], other=0
+                x_rows + pairs[None, :], mask=row_ok[:, None] & (even < end)[None, :], other=0
             )
             x_odd = tl.load(
-                x_rows + odd[None, :], mask=row_ok[:, None] & (odd < end)[None, :], other=0
+                odd_rows + pairs[None, :], mask=row_ok[:, None] & (odd < end)[None, :], other=0
             )
             if INT8_ROWS:
                 part = tl.dot(x_even, low, out_dtype=tl.int32)
@@ -146,6 +148,8 @@ def lowbit_matmul(x: Tensor, weight: QuantizedWeight, row_scale: Tensor | None =
     ]
     if kind == INT4 and weight.format.group_size is not None and weight.format.group_size % 2:
         raise ValueError(f"group_size: {weight.format.group_size} is odd, which no kernel takes")
+    if kind == INT4:
+        x = torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
     values = weight.values.view(torch.uint8) if kind == FP8 else weight.values
     groups = weight.scale.shape[1]
     group = weight.format.group_size or k
