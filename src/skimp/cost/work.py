@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from skimp.cache.spec import CacheSpec
+from skimp.formats.weight import WeightFormat
 from skimp.model.spec import LayerSpec, ModelSpec
 
 Kind = Literal["matmul", "attention"]
@@ -53,6 +54,7 @@ class MatrixWork:
     out_features: int
     bits: float
     head: bool = False  # multiplied only by the rows whose logits are wanted
+    format: WeightFormat | None = None  # as stored; None: dense
 
     @property
     def weights(self) -> int:
@@ -210,7 +212,8 @@ def model_work(
 ) -> ModelWork:
     """The work of a model, from its spec and its layers' own cache specs, in order.
 
-    ``dtype`` (the checkpoint's by default) is that of dense weights and arithmetic.
+    ``dtype`` (the checkpoint's by default) is that of dense weights and arithmetic. Matrices in
+    the spec's low-bit formats count their own bits.
     ``bits`` overrides the bits per weight of matrices whose name matches a shell pattern, such as
     ``{"layers.*": 4.125, "lm_head": 16}``; the first match counts, and a pattern that matches
     nothing is refused. Matrices are named ``layers.<i>.mixer.{q,k,v,o}_proj``,
@@ -222,14 +225,19 @@ def model_work(
     overrides = dict(bits or {})
     used: set[str] = set()
 
-    def bits_of(name: str) -> float:
+    def bits_of(name: str, in_features: int) -> float:
         for pattern, value in overrides.items():
             if fnmatch.fnmatchcase(name, pattern):
                 if value <= 0:
                     raise ValueError(f"bits: {pattern!r} is given {value} bits")
                 used.add(pattern)
                 return float(value)
-        return dense_bits
+        form = format_of(name)
+        return dense_bits if form is None else form.bits_per_weight(in_features)
+
+    def format_of(name: str) -> WeightFormat | None:
+        tied = name == "lm_head" and spec.tie_embeddings
+        return spec.formats.get("embed_tokens" if tied else name)
 
     if len(caches) != spec.num_layers:
         raise ValueError(f"caches: {len(caches)} cache specs for {spec.num_layers} layers")
@@ -241,11 +249,16 @@ def model_work(
             full = f"layers.{i}.{name}"
             matrices.append(
                 MatrixWork(
-                    name=full, term=term, in_features=n_in, out_features=n_out, bits=bits_of(full)
+                    name=full,
+                    term=term,
+                    in_features=n_in,
+                    out_features=n_out,
+                    bits=bits_of(full, n_in),
+                    format=format_of(full),
                 )
             )
         vectors += _vector_numbers(spec, layer)
-    head_bits = bits_of("lm_head")
+    head_bits = bits_of("lm_head", spec.hidden_size)
     matrices.append(
         MatrixWork(
             name="lm_head",
@@ -254,9 +267,10 @@ def model_work(
             out_features=spec.vocab_size,
             bits=head_bits,
             head=True,
+            format=format_of("lm_head"),
         )
     )
-    table_bits = head_bits if spec.tie_embeddings else bits_of("embed_tokens")
+    table_bits = head_bits if spec.tie_embeddings else bits_of("embed_tokens", spec.hidden_size)
     unused = [pattern for pattern in overrides if pattern not in used]
     if unused:
         raise ValueError(f"bits: {unused[0]!r} matches no matrix of this model")

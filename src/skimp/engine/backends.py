@@ -148,6 +148,6 @@ def choose_backend(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     decoder.to(options.device)
-    plain_ops = PlainOps(serving=True, deterministic=options.deterministic)
+    plain_ops = PlainOps(serving=True, deterministic=options.deterministic, dtype=decoder.dtype)
     decoder.bind(plain_ops, caches=caches, max_positions=max_positions)
     return PlainBackend(decoder, buffers, plain_ops)

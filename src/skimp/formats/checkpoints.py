@@ -55,7 +55,7 @@ class Spelling(Protocol):
 def spelling(config: Any) -> Spelling:
     """The spelling that a ``quantization_config`` names."""
     method = config.get("quant_method") if isinstance(config, dict) else config
-    if method not in SPELLINGS:
+    if not isinstance(method, str) or method not in SPELLINGS:
         known = ", ".join(SPELLINGS)
         raise ConfigError(
             f"quantization_config: quant_method={shown(method)} is not supported (known: {known})"

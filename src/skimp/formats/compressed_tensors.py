@@ -174,6 +174,8 @@ def write_config(
         if name in formats:
             by_format.setdefault(formats[name], []).append(modules[name])
     ignore = [theirs for ours, theirs in modules.items() if ours not in formats]
+    if "lm_head" not in modules.values():
+        ignore.append("lm_head")  # tied: ours has none, but other readers make one
     groups = {}
     for index, (form, names) in enumerate(by_format.items()):
         tables = [name for name in names if name.endswith("embed_tokens")]
@@ -321,11 +323,12 @@ def _words(packed: Tensor) -> Tensor:
     short = -packed.shape[1] % 4
     if short:
         packed = torch.nn.functional.pad(packed, (0, short))
-    return packed.contiguous().view(torch.int32)
+    # A fresh copy: a lone row's strides may forbid the view.
+    return packed.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def _bytes(words: Tensor, count: int) -> Tensor:
-    return words.contiguous().view(torch.uint8)[:, :count]
+    return words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)[:, :count]
 
 
 def _offset(values: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Every format here is ``w = (q - zero) * scale`` with q an integer or an 8-bit fl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -115,6 +115,17 @@ class QuantizedWeight:
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (t for t in (self.values, self.scale, self.zero) if t is not None)
+
+    def rows(self, index: Tensor) -> QuantizedWeight:
+        """The matrix of these outputs alone, int64 [R]."""
+        zero = None if self.zero is None else self.zero[index]
+        return replace(self, values=self.values[index], scale=self.scale[index], zero=zero)
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same matrix on a device."""
+        zero = None if self.zero is None else self.zero.to(device)
+        values, scale = self.values.to(device), self.scale.to(device)
+        return replace(self, values=values, scale=scale, zero=zero)
 
     def stored(self) -> Tensor:
         """q as float32 [N, K]."""

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skimp.formats.weight import QuantizedWeight
+from skimp.kernels.lowbit import lowbit_linear
 from skimp.kernels.ops import AttentionParams, LayerCache, PackLayout, StepInputs
 from skimp.model.layers import Linear, RMSNorm
 from skimp.model.spec import Activation
@@ -28,15 +30,11 @@ class PlainMatrix:
     """Several Linears that share their input; a serving copy is fused, a training one is not."""
 
     linears: tuple[Linear, ...]
+    dtype: torch.dtype  # of the rows it multiplies
     fused: Tensor | None = None  # [sum of out_features, in_features], or oneDNN's own layout
     bias: Tensor | None = None
     onednn: bool = False
-
-    @property
-    def dtype(self) -> torch.dtype:
-        weight = self.linears[0].weight if self.fused is None else self.fused
-        assert weight is not None
-        return weight.dtype
+    parts: tuple[Tensor | QuantizedWeight, ...] = ()  # a serving copy with low-bit matrices in it
 
 
 def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
@@ -61,26 +59,39 @@ def apply_rope(x_RHK: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) ->
 
 class PlainOps:
     """``serving`` fuses and takes over the weights (no autograd); ``deterministic`` makes a row's
-    result independent of the other rows by giving every product a fixed shape, slowly."""
+    result independent of the other rows by giving every product a fixed shape, slowly. ``dtype``
+    is that of rows before low-bit matrices (dense ones multiply in their own): float32 if None."""
 
-    def __init__(self, *, serving: bool = False, deterministic: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        serving: bool = False,
+        deterministic: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.serving = serving
         self.deterministic = deterministic
+        self.dtype = dtype or torch.float32
 
     # ---- matrices -------------------------------------------------------------------------
 
     def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> PlainMatrix:
-        matrix = PlainMatrix(tuple(linears))
+        low_bits = any(linear.quantized is not None for linear in linears)
+        matrix = PlainMatrix(tuple(linears), self.dtype if low_bits else _weight(linears[0]).dtype)
         if not self.serving:
             return matrix
+        if any(linear.bias is not None for linear in linears):
+            biases = [
+                torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+                for linear in linears
+            ]
+            matrix.bias = torch.cat(biases)
+        if low_bits:
+            matrix.parts = tuple(linear.take() for linear in linears)
+            return matrix
         with torch.no_grad():
-            weights = [linear.weight for linear in linears if linear.weight is not None]
-            assert len(weights) == len(linears), "these matrices were packed before"
-            fused = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0]
-            fused = fused.detach()
-            if linears[0].bias is not None:
-                biases = [linear.bias for linear in linears if linear.bias is not None]
-                matrix.bias = torch.cat([bias.detach() for bias in biases])
+            weights = [_weight(linear).detach() for linear in linears]
+            fused = torch.cat(weights) if len(weights) > 1 else weights[0]
             if self._prepacks(fused, layout):
                 fused = torch.ops.mkldnn._reorder_linear_weight(fused.contiguous(), None)
                 matrix.onednn = True
@@ -102,22 +113,37 @@ class PlainOps:
         )
 
     def _product(self, x: Tensor, matrix: PlainMatrix) -> Tensor:
+        if matrix.parts:
+            y = _beside([self._one(x, weight, None) for weight in matrix.parts])
+            return y if matrix.bias is None else y + matrix.bias.to(y.dtype)
         if matrix.fused is None:
-            parts = [F.linear(x, _weight(m), m.bias) for m in matrix.linears]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            return _beside([self._one(x, _held(m), m.bias) for m in matrix.linears])
         if matrix.onednn:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(
+            z: Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, matrix.fused, matrix.bias, "none", [], ""
             )
-            return y
+            return z
         if self.deterministic:
             rows = [F.linear(row, matrix.fused, matrix.bias) for row in x.split(1)]
             return torch.cat(rows) if rows else F.linear(x, matrix.fused, matrix.bias)
         return F.linear(x, matrix.fused, matrix.bias)
 
+    def _one(self, x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, QuantizedWeight):
+            y = lowbit_linear(x, weight, split_rows=self.deterministic)
+            return y if bias is None else y + bias.to(y.dtype)
+        return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
     def embed(self, step: StepInputs, table: PlainMatrix, scale: float) -> Tensor:
-        weight = _weight(table.linears[0]) if table.fused is None else table.fused
-        x = F.embedding(step.token_ids, weight).float()
+        weight: Tensor | QuantizedWeight
+        if table.fused is not None:
+            weight = table.fused
+        else:
+            weight = table.parts[0] if table.parts else _held(table.linears[0])
+        if isinstance(weight, QuantizedWeight):
+            x = weight.rows(step.token_ids.to(torch.int64)).dequantize()
+        else:
+            x = F.embedding(step.token_ids, weight).float()
         return x * scale if scale != 1.0 else x
 
     def matmul(
@@ -215,8 +241,16 @@ class PlainOps:
         return torch.einsum("hrt,thk->rhk", weights, values)
 
 
+def _beside(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _held(linear: Linear) -> Tensor | QuantizedWeight:
+    return _weight(linear) if linear.quantized is None else linear.quantized
+
+
 def _weight(linear: Linear) -> Tensor:
-    assert linear.weight is not None, "another backend has taken this weight"
+    assert linear.weight is not None, "a backend has taken this weight"
     return linear.weight
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,14 @@ class Linear(nn.Module):
     def format(self) -> WeightFormat | None:
         """None for a dense matrix."""
         return None if self.quantized is None else self.quantized.format
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Linear:
+        """Moves the matrix with the module; its numbers keep their dtypes."""
+        super()._apply(fn, recurse)
+        if self.quantized is not None:
+            device = fn(torch.empty(0, device=self.quantized.values.device)).device
+            self.quantized = self.quantized.to(device)
+        return self
 
     def take(self) -> Tensor | QuantizedWeight:
         """Hand the matrix over to a backend; the module keeps nothing of it."""

@@ -59,10 +59,11 @@ def save_checkpoint(
 
     ``tensors`` is a decoder or a mapping from our parameter names, read one tensor at a time (and
     more than once), so it may make them on demand; matrices in the spec's low-bit formats stand
-    under their weights' names and are written as compressed-tensors. The tokenizer's files, the chat template and
-    ``generation_config.json`` are copied from ``tokenizer_files_from``. ``config.json`` gets the
-    dtype the tensors have. Raises ConfigError if the family cannot express the spec,
-    CheckpointError if tensors are missing or of the wrong shape, or the directory is taken.
+    under their weights' names and are written as compressed-tensors. The tokenizer's files, the
+    chat template and ``generation_config.json`` are copied from ``tokenizer_files_from``.
+    ``config.json`` gets the dtype the tensors have. Raises ConfigError if the family cannot
+    express the spec, CheckpointError if tensors are missing or of the wrong shape or format, or
+    the directory is taken.
     """
     directory = Path(directory)
     if directory.is_symlink() or (directory.exists() and not _is_empty(directory)):

@@ -8,7 +8,8 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from skimp.formats.weight import FP8_MAX, QuantizedWeight
+from skimp.formats.weight import QuantizedWeight
+from skimp.kernels.lowbit import round_rows
 from skimp.kernels.ops import PackLayout, StepInputs
 from skimp.kernels.plain import PlainMatrix, PlainOps, rms_norm
 from skimp.model.decoder import DecoderLayer
@@ -89,19 +90,9 @@ class _ObservedOps(PlainOps):
         group = self._groups[id(matrix.linears[0])]
         if self.observe is not None:
             self.observe(group, x)
-        x = round_rows(x, self._rounding.get(group))
+        rounding = self._rounding.get(group)
+        x = x if rounding is None else round_rows(x, rounding)
         return super().matmul(x, matrix, activation=activation, residual=residual)
-
-
-def round_rows(x: Tensor, to: Rounding) -> Tensor:
-    """Each row of ``x`` [R, K] at 8 bits with a scale of its own, as a product's inputs."""
-    if to is None:
-        return x
-    top = FP8_MAX if to == "fp8" else 127.0
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / top
-    q = x / scale
-    q = q.round() if to == "int8" else q.clamp(-top, top).to(torch.float8_e4m3fn).float()
-    return q * scale
 
 
 def whole_text(token_ids: Tensor) -> StepInputs:
