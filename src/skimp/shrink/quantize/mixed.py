@@ -213,8 +213,9 @@ def allocate(groups: Sequence[Group], target_bits: float) -> list[str]:
     optimize, sparse = _solver()
     pairs = [(i, name) for i, group in enumerate(groups) for name in group.damage]
     costs = np.array([groups[i].damage[name] for i, name in pairs])
-    costs *= 1e4 / (costs.max() or 1.0)  # the solver's tolerances are absolute
-    share = np.array([groups[i].bits[n] * groups[i].weights / total for i, n in pairs])
+    # The solver's tolerances are absolute: 100 makes them 1e-8 bits a weight.
+    costs *= 1e4 / (costs.max() or 1.0)
+    share = np.array([100 * groups[i].bits[n] * groups[i].weights / total for i, n in pairs])
     one = sparse.csr_array(
         (np.ones(len(pairs)), ([i for i, _ in pairs], range(len(pairs)))),
         shape=(len(groups), len(pairs)),
@@ -225,7 +226,7 @@ def allocate(groups: Sequence[Group], target_bits: float) -> list[str]:
         bounds=optimize.Bounds(0, 1),
         constraints=[
             optimize.LinearConstraint(one, 1, 1),
-            optimize.LinearConstraint(share[None, :], -np.inf, target_bits + 1e-9),
+            optimize.LinearConstraint(share[None, :], -np.inf, 100 * target_bits + 1e-7),
         ],
         options={"mip_rel_gap": 0.0},
     )
