@@ -86,6 +86,16 @@ def divide_norm(
         tensors[f"{reader}.weight"] = tensors[f"{reader}.weight"] * s
 
 
+def storable(norm: Tensor, s: Tensor, spec: ModelSpec) -> Tensor:
+    """``s`` moved by what storing ``norm``'s factor over s in the norm's dtype rounds off, so that
+    the norm and the columns behind it stay exact reciprocals; float64 [D]."""
+    import torch
+
+    before = gain(norm.double(), spec)
+    after = gain(stored_gain(before / s, spec).to(norm.dtype).double(), spec)
+    return torch.where((before != 0) & (after != 0), before / after, s)
+
+
 def absorb_norm(
     tensors: dict[str, Tensor], norm: str, readers: Sequence[str], spec: ModelSpec
 ) -> None:

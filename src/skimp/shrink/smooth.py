@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from skimp.errors import ShrinkError
 from skimp.formats.weight import WeightFormat
-from skimp.shrink.fold import READERS, divide_norm, narrow, require_dense, wide
+from skimp.shrink.fold import READERS, dense, divide_norm, narrow, require_dense, storable, wide
 from skimp.shrink.step import Axis, Need, UnitResult
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ class Smooth(BaseModel):
         tensors = wide(unit)
         for norm, readers in READERS.items():
             s = self._factors(seen, GROUP_OF[norm], [tensors[f"{r}.weight"] for r in readers])
-            divide_norm(tensors, norm, readers, s, unit.spec)
+            stored = dense(unit.tensors)[f"{unit.name}.{norm}.weight"]
+            divide_norm(tensors, norm, readers, storable(stored, s, unit.spec), unit.spec)
         if self.down:
             # gate's activation is no line, but the product is linear in up.
             s = self._factors(seen, "ffn.down_proj", [tensors["ffn.down_proj.weight"]])

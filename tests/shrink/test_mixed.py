@@ -1,0 +1,188 @@
+"""The allocation is the optimum, and what it rests on is measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from shrink.drive import decoder_of, logits, named, spec_like, unit_of
+from tiny_models import tiny_decoder, tiny_spec
+from torch import Tensor
+
+import skimp
+from skimp.errors import ShrinkError
+from skimp.formats.weight import WeightFormat, quantize
+from skimp.model.loading import load_decoder
+from skimp.model.spec import ModelSpec
+from skimp.shrink.quantize.mixed import (
+    STATE,
+    Group,
+    MixedPrecision,
+    _packed,
+    _unpacked,
+    allocate,
+    average_bits,
+)
+from skimp.shrink.step import Run, Unit, unit_names
+
+
+def int_format(bits: int, group: int | None = None) -> WeightFormat:
+    return WeightFormat(kind="int", bits=bits, group_size=group)
+
+
+INT4, INT8 = int_format(4, 32), int_format(8)
+TOKENS = torch.randint(320, (3, 24), generator=torch.Generator().manual_seed(1))
+
+
+def survey(
+    mixed: MixedPrecision, spec: ModelSpec, tensors: dict[str, Tensor], tokens: Tensor
+) -> dict[str, list[dict[str, object]]]:
+    """The state after the pass that looks; it survives JSON after every unit."""
+    mixed.check(spec)
+    run = Run(pass_index=0, state={}, tokens=tokens)
+    for index, name in enumerate(unit_names(spec)):
+        own = {n: t for n, t in tensors.items() if unit_of(n) == name}
+        result = mixed.look(Unit(name=name, index=index, spec=spec, tensors=own), run)
+        assert result.tensors is None
+        run.hidden, run.state = result.hidden, json.loads(json.dumps(run.state))
+    return run.state
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_choice_is_the_optimum(seed: int) -> None:
+    rng = random.Random(seed)
+    groups = []
+    for i in range(6):
+        names = ["a", "b", "c"][: rng.randint(1, 3)]
+        bits = dict(zip(names, (4.125, 8.04, 16.0)))
+        damage = {n: 10.0 ** rng.uniform(-7, 0) / bits[n] for n in names}
+        weights = rng.randint(1, 2000)
+        groups.append(Group(matrices=(str(i),), weights=weights, damage=damage, bits=bits))
+    options = list(itertools.product(*(g.damage for g in groups)))
+    every = sorted(average_bits(groups, names) for names in options)
+    for target in (every[0], every[len(every) // 3], every[len(every) // 2] + 1e-4, every[-1]):
+
+        def cost(names: tuple[str, ...]) -> float:
+            return sum(g.damage[n] for g, n in zip(groups, names))
+
+        fitting = [o for o in options if average_bits(groups, o) <= target + 1e-9]
+        chosen = allocate(groups, target)
+        assert average_bits(groups, chosen) <= target + 1e-6
+        assert cost(tuple(chosen)) <= min(map(cost, fitting)) * (1 + 1e-6) + 1e-9
+
+
+def test_a_target_out_of_range() -> None:
+    group = Group(matrices=("m",), weights=9, damage={"a": 1, "b": 0}, bits={"a": 4.5, "b": 8})
+    for target in (3.0, 9.0):
+        with pytest.raises(ShrinkError, match=r"^target_bits: .* 4\.5 to 8"):
+            allocate([group], target)
+
+
+def test_survey_measures_the_harm_at_the_end() -> None:
+    """A group whose output nobody can hear costs nothing; a loud one gets the bits."""
+    spec = spec_like(tiny_spec(), tied=False)
+    tensors = named(tiny_decoder(spec))
+    tensors["layers.1.ffn.down_proj.weight"][:] *= 1e-4
+    tensors["layers.2.mixer.o_proj.weight"][:] *= 30
+    mixed = MixedPrecision(target_bits=6, candidates=(INT4, INT8, None), lm_head=True)
+    state = survey(mixed, spec, tensors, TOKENS)
+    groups = {e["matrices"][0]: e for e in state[STATE]}  # type: ignore[index]
+    assert len(groups) == 4 * spec.num_layers + 1
+    for entry in groups.values():
+        damage = entry["damage"]
+        assert damage["int4-g32"] > damage["int8"] > damage["dense"] == 0  # type: ignore[index]
+    harm = {name: entry["damage"]["int4-g32"] for name, entry in groups.items()}  # type: ignore[index]
+    assert harm["layers.1.ffn.down_proj"] < 1e-3 * harm["layers.0.ffn.down_proj"]
+    chosen = mixed.formats(state)
+    assert chosen["layers.1.ffn.down_proj"] == INT4
+    assert chosen.get("layers.2.mixer.o_proj") != INT4
+    for names in ("mixer.q_proj mixer.k_proj mixer.v_proj", "ffn.gate_proj ffn.up_proj"):
+        for i in range(spec.num_layers):
+            assert len({chosen.get(f"layers.{i}.{name}") for name in names.split()}) == 1
+
+
+def test_damage_at_the_end_is_that_of_a_whole_forward() -> None:
+    spec = spec_like(tiny_spec(), tied=True)
+    tensors = named(tiny_decoder(spec))
+    state = survey(MixedPrecision(target_bits=5, candidates=(INT4,)), spec, tensors, TOKENS)
+    basis = torch.linalg.pinv(tensors["embed_tokens.weight"])
+
+    def end(weights: dict[str, Tensor]) -> Tensor:
+        decoder = decoder_of(spec, weights)
+        return torch.stack([logits(decoder, s.tolist()) @ basis.T for s in TOKENS])
+
+    base = end(tensors)
+    for entry in state[STATE][:3] + state[STATE][-3:]:
+        names = [f"{name}.weight" for name in entry["matrices"]]  # type: ignore[attr-defined]
+        low = {name: quantize(tensors[name], INT4).dequantize() for name in names}
+        off = (end(tensors | low) - base).square().sum(-1) / base.square().sum(-1)
+        assert entry["damage"]["int4-g32"] == pytest.approx(float(off.mean()), rel=1e-3)  # type: ignore[index]
+
+
+def test_packing_windows() -> None:
+    windows = list(torch.randn(5, 7, 4).split(1))
+    rows = _packed(windows, 16)
+    assert rows.shape == (3, 16, 4)
+    assert torch.equal(torch.stack(_unpacked(rows, 5, 7)), torch.cat(windows))
+
+
+def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, tensors = tiny_spec(), named(tiny_decoder())
+    for fields, match in (
+        ({"candidates": ()}, "^candidates: "),
+        ({"candidates": (INT4, INT4)}, "^candidates: int4-g32 is named twice"),
+        ({"candidates": (INT4,), "lm_head": True}, "^lm_head: "),
+    ):
+        with pytest.raises(ShrinkError, match=match):
+            MixedPrecision(target_bits=4.5, **fields).check(spec)
+    odd = MixedPrecision(target_bits=4.5, candidates=(int_format(4, 48),))
+    with pytest.raises(ShrinkError, match=r"^candidates: no group_size divides the 64 inputs"):
+        survey(odd, spec, tensors, TOKENS)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(ShrinkError, match=r"skimp\[shrink\]"):
+        MixedPrecision(target_bits=4.5, candidates=(INT4,)).check(spec)
+
+
+@pytest.mark.slow
+def test_it_beats_uniform_formats_on_a_trained_model() -> None:
+    """At 5 bits: less KL than every uniform int4, and than the line between int4 and int8."""
+    from tokenizers import Tokenizer
+
+    assets = Path(skimp.__file__).parent / "assets"
+    tokenizer = Tokenizer.from_file(str(assets / "models" / "tales" / "tokenizer.json"))
+
+    def windows(file: str, count: int, length: int) -> Tensor:
+        text = (assets / "text" / file).read_text()[: 8 * count * length]
+        return torch.tensor(tokenizer.encode(text).ids[: count * length]).view(count, length)
+
+    decoder = load_decoder(assets / "models" / "tales", dtype="float32")
+    spec, tensors = decoder.spec, {n: t.bfloat16() for n, t in named(decoder).items()}
+    held_out = windows("evaluation.txt", 12, 128)
+
+    def log_probs(formats: dict[str, WeightFormat]) -> list[Tensor]:
+        weights = {name: tensor.float() for name, tensor in tensors.items()}
+        for name, form in formats.items():
+            weights[f"{name}.weight"] = quantize(tensors[f"{name}.weight"], form).dequantize()
+        low = decoder_of(spec, weights)
+        return [logits(low, text.tolist()).log_softmax(-1) for text in held_out]
+
+    base = log_probs({})
+
+    def kl(formats: dict[str, WeightFormat]) -> float:
+        pairs = zip(base, log_probs(formats))
+        return sum(float((b.exp() * (b - o)).sum(-1).mean()) for b, o in pairs) / len(base)
+
+    mixed = MixedPrecision(
+        target_bits=5.0, candidates=(int_format(4, 64), INT4, INT8), rounder=quantize
+    )
+    chosen = mixed.formats(survey(mixed, spec, tensors, windows("calibration.txt", 4, 128)))
+    int4, int8 = (kl(dict.fromkeys(chosen, form)) for form in (INT4, INT8))
+    got = kl(chosen)
+    share = (5.0 - 4.5) / (8.03 - 4.5)
+    print(f"int4-g32 {int4:.4f}, int8 {int8:.5f}, mixed at 5 bits {got:.4f}")
+    assert got < 0.9 * (int4 + share * (int8 - int4))
