@@ -395,13 +395,14 @@ class Engine:
         reader = KeepLogits()
         params = SamplingParams(max_tokens=1, temperature=0.0)
         request_id = self.add_request(list(token_ids), params, reader=reader)
+        request = self._requests[request_id]
         try:
             while request_id in self._requests:
                 self._pending = self.step()
                 yield from reader.take()
-            ended = next(out for out in self._pending if out.request_id == request_id)
-            if ended.error is not None:
-                raise RequestError(f"prompt: {ended.error}")
+            yield from reader.take()  # of steps that somebody else asked for
+            if request.error is not None:
+                raise RequestError(f"prompt: {request.error}")
         finally:
             self._discard(request_id)
 
