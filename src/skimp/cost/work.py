@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from skimp.cache.spec import CacheSpec
+from skimp.formats.weight import WeightFormat
 from skimp.model.spec import LayerSpec, ModelSpec
 
 Kind = Literal["matmul", "attention"]
@@ -34,6 +35,14 @@ _ITEM_BYTES = (
 )
 
 
+def arithmetic(form: WeightFormat) -> str:
+    """How products with matrices of ``form`` are computed, as a machine lists their rates:
+    ``int4``, ``int8`` and ``fp8`` widen the weights, ``int8-a8`` and the like round the inputs
+    too. Group sizes and zero points make no difference worth a rate of their own."""
+    text = "fp8" if form.kind == "float" else f"int{form.bits}"
+    return text + {None: "", "int8": "-a8", "fp8": "-afp8"}[form.activations]
+
+
 def item_bytes(dtype: str) -> int:
     """Bytes of one number of ``dtype``. Raises ValueError on a name it does not know."""
     for name, size in _ITEM_BYTES:
@@ -45,7 +54,8 @@ def item_bytes(dtype: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixWork:
-    """One weight matrix. ``bits`` are those read per weight, scales and zero points included."""
+    """One weight matrix. ``bits`` are those read per weight, scales and zero points included;
+    ``format`` is None for a dense matrix."""
 
     name: str
     term: str  # the line it adds to in a breakdown
@@ -53,6 +63,12 @@ class MatrixWork:
     out_features: int
     bits: float
     head: bool = False  # multiplied only by the rows whose logits are wanted
+    format: WeightFormat | None = None
+
+    @property
+    def arithmetic(self) -> str | None:
+        """What its products are computed in; None is the model's own dtype."""
+        return None if self.format is None else arithmetic(self.format)
 
     @property
     def weights(self) -> int:
@@ -143,7 +159,10 @@ def uniform(batch: int, context: int, *, tokens: int = 1, logits: int = 1) -> li
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One line of a step's bill. Bytes and floating-point operations (a multiply-add is two)."""
+    """One line of a step's bill. Bytes and floating-point operations (a multiply-add is two).
+
+    ``arithmetic`` names the rate of its products where that is not the model's own dtype.
+    """
 
     name: str
     kind: Kind
@@ -153,6 +172,7 @@ class Term:
     activation_bytes: float = 0.0
     flops: float = 0.0
     rows: int = 0
+    arithmetic: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,26 +230,27 @@ def model_work(
 ) -> ModelWork:
     """The work of a model, from its spec and its layers' own cache specs, in order.
 
-    ``dtype`` (the checkpoint's by default) is that of dense weights and arithmetic.
-    ``bits`` overrides the bits per weight of matrices whose name matches a shell pattern, such as
-    ``{"layers.*": 4.125, "lm_head": 16}``; the first match counts, and a pattern that matches
-    nothing is refused. Matrices are named ``layers.<i>.mixer.{q,k,v,o}_proj``,
-    ``layers.<i>.ffn.{gate,up,down}_proj`` and ``lm_head``; ``embed_tokens`` sets the bits of
-    an untied table.
+    ``dtype`` (the checkpoint's by default) is that of dense weights and arithmetic; matrices in
+    ``spec.formats`` count their formats' bits. ``bits`` overrides the bits per weight of matrices
+    whose name matches a shell pattern, such as ``{"layers.*": 4.125, "lm_head": 16}``; the first
+    match counts, and a pattern that matches nothing is refused. Matrices are named
+    ``layers.<i>.mixer.{q,k,v,o}_proj``, ``layers.<i>.ffn.{gate,up,down}_proj`` and ``lm_head``;
+    ``embed_tokens`` sets the bits of an untied table.
     """
     dtype = spec.dtype if dtype is None else dtype
     dense_bits = 8.0 * item_bytes(dtype)
     overrides = dict(bits or {})
     used: set[str] = set()
 
-    def bits_of(name: str) -> float:
+    def bits_of(name: str, in_features: int) -> float:
         for pattern, value in overrides.items():
             if fnmatch.fnmatchcase(name, pattern):
                 if value <= 0:
                     raise ValueError(f"bits: {pattern!r} is given {value} bits")
                 used.add(pattern)
                 return float(value)
-        return dense_bits
+        form = spec.formats.get(name)
+        return dense_bits if form is None else form.bits_per_weight(in_features)
 
     if len(caches) != spec.num_layers:
         raise ValueError(f"caches: {len(caches)} cache specs for {spec.num_layers} layers")
@@ -241,11 +262,16 @@ def model_work(
             full = f"layers.{i}.{name}"
             matrices.append(
                 MatrixWork(
-                    name=full, term=term, in_features=n_in, out_features=n_out, bits=bits_of(full)
+                    name=full,
+                    term=term,
+                    in_features=n_in,
+                    out_features=n_out,
+                    bits=bits_of(full, n_in),
+                    format=spec.formats.get(full),
                 )
             )
         vectors += _vector_numbers(spec, layer)
-    head_bits = bits_of("lm_head")
+    head_bits = bits_of("lm_head", spec.hidden_size)
     matrices.append(
         MatrixWork(
             name="lm_head",
@@ -254,9 +280,10 @@ def model_work(
             out_features=spec.vocab_size,
             bits=head_bits,
             head=True,
+            format=spec.formats.get("lm_head"),
         )
     )
-    table_bits = head_bits if spec.tie_embeddings else bits_of("embed_tokens")
+    table_bits = head_bits if spec.tie_embeddings else bits_of("embed_tokens", spec.hidden_size)
     unused = [pattern for pattern in overrides if pattern not in used]
     if unused:
         raise ValueError(f"bits: {unused[0]!r} matches no matrix of this model")
@@ -288,10 +315,10 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
     rows = sum(s.tokens for s in steps)
     logit_rows = sum(s.logits for s in steps)
 
-    by_term: dict[str, list[MatrixWork]] = {}
+    by_term: dict[tuple[str, str | None], list[MatrixWork]] = {}
     for matrix in work.matrices:
         if not matrix.head or logit_rows:
-            by_term.setdefault(matrix.term, []).append(matrix)
+            by_term.setdefault((matrix.term, matrix.arithmetic), []).append(matrix)
     terms = [
         Term(
             name="embedding, norms",
@@ -300,7 +327,9 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
             rows=rows,
         )
     ]
-    for name, group in by_term.items():
+    names = [term for term, _ in by_term]
+    for (term, how), group in by_term.items():
+        name = f"{term}, {how or work.compute_dtype}" if names.count(term) > 1 else term
         n = logit_rows if group[0].head else rows
         io = sum(m.in_features + m.out_features for m in group)
         terms.append(
@@ -311,6 +340,7 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
                 activation_bytes=float(n * io * work.activation_bytes),
                 flops=2.0 * n * sum(m.weights for m in group),
                 rows=n,
+                arithmetic=how,
             )
         )
     by_mixer: dict[MixerWork, int] = {}
