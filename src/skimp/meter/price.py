@@ -1,7 +1,8 @@
 """The price of shortcuts: what each changed model loses against its base, and what it gains.
 
-Quality is read in one pass over one text; speed in rounds that go through all models in turn. The
-predicted gain comes from the same cost model for all of them, and stands beside the measured one.
+Quality is read over one text, each model in one pass with the base; speed in rounds that go
+through all models in turn. The predicted gain comes from the same cost model for
+all of them, and stands beside the measured one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skimp.cost import Hardware, step_cost, uniform
-from skimp.meter.paired import Loss, losses
+from skimp.meter.divergence import Comparison, compare_quality
+from skimp.meter.quality import QualityResult
 from skimp.meter.speed import Case, SpeedResult, bench_together
 
 if TYPE_CHECKING:
@@ -54,18 +56,21 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model's line of the table."""
+    """One model's line of the table; the base has no ``comparison``."""
 
     name: str
     disk_bytes: int
     resident_weight_bytes: float
     weight_bytes_per_token: float
     cache_bytes_per_token: int
-    loss: Loss
+    quality: QualityResult
+    comparison: Comparison | None
     speed: tuple[Gain, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        quality = self.loss.quality
+        """The base's loss and divergence are 0 of themselves: it was not read twice."""
+        quality, found = self.quality, self.comparison
+        none = [0.0, 0.0]
         first = self.speed[0].result
         return {
             "name": self.name,
@@ -75,11 +80,12 @@ class Row:
             "cache_bytes_per_token": self.cache_bytes_per_token,
             "bits_per_byte": quality.bits_per_byte,
             "ci95": list(quality.ci95),
-            "loss": self.loss.difference,
-            "loss_ci95": list(self.loss.difference_ci95),
-            "inside_noise": self.loss.inside_noise,
-            "kl": self.loss.kl,
-            "kl_ci95": list(self.loss.kl_ci95),
+            "loss": 0.0 if found is None else found.paired.bits_per_byte,
+            "loss_ci95": none if found is None else list(found.paired.ci95),
+            "inside_noise": found is None or found.paired.inside_noise,
+            "kl": 0.0 if found is None else found.divergence.kl,
+            "kl_ci95": none if found is None else list(found.divergence.ci95),
+            "top1": 1.0 if found is None else found.divergence.top1,
             "tokens": quality.tokens,
             "text_bytes": quality.bytes,
             "window": quality.context,
@@ -116,21 +122,38 @@ def price(
 
     Raises ValueError if models cannot be compared or a case does not fit.
     """
-    engines = [candidate.engine for candidate in candidates]
-    tell = progress or (lambda text: None)
-    lost = losses(
-        engines[0],
-        engines[1:],
-        text,
-        context=context,
-        max_bytes=max_bytes,
-        seed=seed,
-        progress=lambda done, total: tell(f"scoring: document {done} of {total}"),
+    base, *others = (candidate.engine for candidate in candidates)
+    if not others:
+        raise ValueError("OUT: name at least one model to hold against the base")
+    if context is None:
+        context = min(candidate.engine.max_context for candidate in candidates) - 1
+
+    def teller(name: str) -> Callable[[int, int], None] | None:
+        if progress is None:
+            return None
+        return lambda done, total: progress(f"scoring {name}: document {done} of {total}")
+
+    compared = [
+        compare_quality(
+            base,
+            candidate.engine,
+            text,
+            context=context,
+            max_bytes=max_bytes,
+            seed=seed,
+            progress=teller(candidate.name),
+        )
+        for candidate in candidates[1:]
+    ]
+    speed = bench_together(
+        [base, *others], cases, hardware, rounds=rounds, seed=seed, progress=progress
     )
-    speed = bench_together(engines, cases, hardware, rounds=rounds, seed=seed, progress=progress)
+    qualities = [compared[0].base, *(found.other for found in compared)]
     rows = [
-        _row(candidate, loss, gains(speed[0], results))
-        for candidate, loss, results in zip(candidates, lost, speed)
+        _row(candidate, quality, comparison, gains(speed[0], results))
+        for candidate, quality, comparison, results in zip(
+            candidates, qualities, [None, *compared], speed
+        )
     ]
     return Price(base=rows[0], rows=tuple(rows[1:]))
 
@@ -156,7 +179,12 @@ def disk_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
-def _row(candidate: Candidate, loss: Loss, speed: tuple[Gain, ...]) -> Row:
+def _row(
+    candidate: Candidate,
+    quality: QualityResult,
+    comparison: Comparison | None,
+    speed: tuple[Gain, ...],
+) -> Row:
     work = candidate.engine.work
     return Row(
         name=candidate.name,
@@ -164,6 +192,7 @@ def _row(candidate: Candidate, loss: Loss, speed: tuple[Gain, ...]) -> Row:
         resident_weight_bytes=work.resident_weight_bytes,
         weight_bytes_per_token=step_cost(work, uniform(1, 1)).weight_bytes,
         cache_bytes_per_token=work.cache_bytes_per_token,
-        loss=loss,
+        quality=quality,
+        comparison=comparison,
         speed=speed,
     )

@@ -95,7 +95,7 @@ def evaluate(
         if not spec.eos_token_ids:
             raise ValueError("model: neither bos_token_id nor eos_token_id to condition on")
         prefix = spec.eos_token_ids[0]
-    documents = limit_documents(split_documents(text), max_bytes)
+    documents = _limit(split_documents(text), max_bytes)
     if not documents:
         raise ValueError("text: there is nothing to score in it")
     encoded = [tokenizer.encode(doc, add_special=False) for doc in documents]
@@ -109,7 +109,7 @@ def evaluate(
             continue
         bits = -score_windows(engine.score, prefix, ids, context) / math.log(2)
         tokens += len(ids)
-        blocks += passages(bits, ids, doc, size, tokenizer.decode)
+        blocks += _blocks(bits, ids, doc, size, tokenizer.decode)
     if progress is not None:
         progress(len(documents), len(documents))
     total_bits, total_bytes = sum(b.bits for b in blocks), sum(len(d.encode()) for d in documents)
@@ -169,7 +169,7 @@ def bootstrap(blocks: list[Block], *, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def passages(
+def _blocks(
     bits: np.ndarray, ids: list[int], doc: str, size: int, decode: Callable[[list[int]], str]
 ) -> list[Block]:
     """A document's passages. Their bytes are those of their decoded tokens, scaled so that they
@@ -184,7 +184,7 @@ def passages(
     ]
 
 
-def limit_documents(documents: list[str], max_bytes: int | None) -> list[str]:
+def _limit(documents: list[str], max_bytes: int | None) -> list[str]:
     if max_bytes is None:
         return documents
     if max_bytes < 1:

@@ -108,12 +108,14 @@ def _svg(draw: Any, price: Price) -> str:
 
 def _loss_chart(axes: Any, price: Price) -> None:
     for row in price.rows:
-        loss = row.loss
-        error = [[max(0.0, loss.kl - loss.kl_ci95[0])], [max(0.0, loss.kl_ci95[1] - loss.kl)]]
+        assert row.comparison is not None
+        found = row.comparison.divergence
+        low, high = found.ci95
+        error = [[max(0.0, found.kl - low)], [max(0.0, high - found.kl)]]
         for gain in row.speed:
             case = gain.result.case
             label = f"{row.name}, {case.batch} x {case.context}"
-            axes.errorbar([gain.gain], [loss.kl], yerr=error, fmt="o", capsize=3, label=label)
+            axes.errorbar([gain.gain], [found.kl], yerr=error, fmt="o", capsize=3, label=label)
     axes.axvline(1.0, color=INK, linewidth=0.6, linestyle=":")
     axes.set(xlabel="gain in tokens/s over the base", ylabel="KL to the base, nats per token")
     axes.legend(fontsize="small")

@@ -21,11 +21,12 @@ class Table:
 def tables(price: Price) -> tuple[Table, Table]:
     """Loss and bytes; speed."""
     rows = (price.base, *price.rows)
-    quality, first = price.base.loss.quality, price.base.speed[0].result
+    quality, first = price.base.quality, price.base.speed[0].result
     loss = Table(
         title="What it costs",
         columns=(
             "model",
+            "verdict",
             "disk",
             "weights resident",
             "weights read/token",
@@ -33,9 +34,8 @@ def tables(price: Price) -> tuple[Table, Table]:
             "bits/byte (95 %)",
             "loss (95 %)",
             "KL, nats/token (95 %)",
-            "verdict",
         ),
-        rows=tuple(_loss(row, base=row is price.base) for row in rows),
+        rows=tuple(_loss(row) for row in rows),
         note=(
             f"{quality.tokens:,} tokens in {quality.documents:,} documents ({quality.bytes:,} "
             f"bytes), windows of {quality.context}; intervals from a bootstrap over "
@@ -96,23 +96,25 @@ def as_markdown(price: Price) -> str:
     return "\n".join(parts)
 
 
-def _loss(row: Row, *, base: bool) -> tuple[str, ...]:
-    loss = row.loss
-    low, high = loss.quality.ci95
-    own = f"{loss.quality.bits_per_byte:.4f} ({low:.4f} to {high:.4f})"
-    if base:
-        lost, kl, verdict = "", "", "base"
-    else:
-        low, high = loss.difference_ci95
-        lost = f"{loss.difference:+.4f} ({low:+.4f} to {high:+.4f})"
-        kl = f"{loss.kl:.3g} ({loss.kl_ci95[0]:.3g} to {loss.kl_ci95[1]:.3g})"
-        verdict = "worse" if loss.difference > 0 else "better"
-        verdict = "inside the noise" if loss.inside_noise else verdict
+def _loss(row: Row) -> tuple[str, ...]:
+    low, high = row.quality.ci95
+    own = f"{row.quality.bits_per_byte:.4f} ({low:.4f} to {high:.4f})"
+    lost = kl = ""
+    verdict = "base"
+    if (found := row.comparison) is not None:
+        (low, high), worse = found.paired.ci95, found.paired.bits_per_byte
+        lost = f"{worse:+.4f} ({low:+.4f} to {high:+.4f})"
+        low, high = found.divergence.ci95
+        kl = f"{found.divergence.kl:.3g} ({low:.3g} to {high:.3g})"
+        verdict = "worse" if worse > 0 else "better"
+        verdict = "inside the noise" if found.paired.inside_noise else verdict
     sizes = (
-        row.disk_bytes, row.resident_weight_bytes, row.weight_bytes_per_token,
+        row.disk_bytes,
+        row.resident_weight_bytes,
+        row.weight_bytes_per_token,
         row.cache_bytes_per_token,
-    )  # fmt: skip
-    return (row.name, *map(_bytes, sizes), own, lost, kl, verdict)
+    )
+    return (row.name, verdict, *map(_bytes, sizes), own, lost, kl)
 
 
 def _speed(row: Row) -> list[tuple[str, ...]]:
