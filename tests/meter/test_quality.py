@@ -90,7 +90,8 @@ def test_bits_per_byte_by_hand() -> None:
     assert result.documents == 2
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 6)
     assert result.ci95[0] <= result.bits_per_byte <= result.ci95[1]
-    assert set(result.as_dict()) >= {"bits_per_byte", "ci95", "tokens", "bytes"}
+    assert result.perplexity == pytest.approx(math.exp(nats / 6))
+    assert set(result.as_dict()) >= {"bits_per_byte", "ci95", "tokens", "bytes", "perplexity"}
 
 
 def test_end_token_conditions_when_there_is_no_begin_token() -> None:
@@ -135,14 +136,14 @@ def test_interval_covers_the_mean_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     inside = 0
     for seed in range(60):
-        blocks = [Block(bits=float(b), bytes=100.0) for b in rng.normal(150, 30, 80)]
+        blocks = [Block(amount=float(b), size=100.0) for b in rng.normal(150, 30, 80)]
         low, high = bootstrap(blocks, seed=seed)
         inside += low <= 1.5 <= high
     assert 51 <= inside <= 60
 
 
 def test_interval_is_wide_for_passages_and_repeatable() -> None:
-    blocks = [Block(bits=100.0, bytes=100.0), Block(bits=300.0, bytes=100.0)] * 10
+    blocks = [Block(amount=100.0, size=100.0), Block(amount=300.0, size=100.0)] * 10
     low, high = bootstrap(blocks)
     assert low < 1.7 < 2.3 < high
     assert bootstrap(blocks) == (low, high)

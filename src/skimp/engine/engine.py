@@ -18,10 +18,11 @@ from skimp.cost import memory_plan, model_work
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.proposal import Accepted, DrawAndCompare, NoProposer, Proposer
 from skimp.decoding.rows import RowState, resolve_bad_words
-from skimp.decoding.sampler import Sampler, prompt_logprobs
+from skimp.decoding.sampler import Sampler
 from skimp.decoding.stops import FinishReason, StopChecker
 from skimp.engine.backends import StepBuffers, choose_backend
 from skimp.engine.options import EngineOptions
+from skimp.engine.reading import KeepLogits, PromptReader, Scores, ScoreTokens
 from skimp.engine.request import Request, RequestOutput, Sequence
 from skimp.engine.runner import Runner
 from skimp.engine.scheduler import Scheduler, Work
@@ -129,11 +130,12 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         salt: str | None = None,
+        reader: PromptReader | None = None,
     ) -> str:
         """Queue a prompt (text or token ids); the lower ``priority`` is served first.
 
-        ``salt`` keeps prefix reuse among requests of the same salt. Raises ``RequestError`` at
-        once for what can never be served.
+        ``salt`` keeps prefix reuse among requests of the same salt. ``reader`` is given logits of
+        the prompt's rows. Raises ``RequestError`` at once for what can never be served.
         """
         params = params or SamplingParams()
         arrival = next(self._arrivals)
@@ -144,6 +146,8 @@ class Engine:
             raise RequestError(f"priority: expected a whole number, got {priority!r}")
         if salt is not None and not isinstance(salt, str):
             raise RequestError(f"salt: expected text, got {salt!r}")
+        if reader is not None and params.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs: cannot be asked for beside a reader")
         prompt_ids = self._encode(prompt)
         max_tokens = self._check_fits(prompt_ids, params)
         request = Request(
@@ -154,6 +158,7 @@ class Engine:
             arrival_index=arrival,
             max_tokens=max_tokens,
             salt=salt,
+            reader=reader,
         )
         request.sequences.append(self._sequence(request, 0))
         self._requests[request_id] = request
@@ -181,10 +186,18 @@ class Engine:
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise RequestError(f"params: {len(params)} given for {len(prompts)} prompts")
+        return self._serve(prompts, params, [None] * len(prompts))
+
+    def _serve(
+        self,
+        prompts: Seq[Prompt],
+        params: Seq[SamplingParams],
+        readers: Seq[PromptReader | None],
+    ) -> list[RequestOutput]:
         ids: list[str] = []
         try:
-            for prompt, one in zip(prompts, params):
-                ids.append(self.add_request(prompt, one))
+            for prompt, one, reader in zip(prompts, params, readers):
+                ids.append(self.add_request(prompt, one, reader=reader))
             done = {out.request_id: out for out in self._steps_of(ids) if out.finished}
         except BaseException:
             for request_id in ids:
@@ -254,9 +267,9 @@ class Engine:
         line = 0
         for item in work:
             line += item.num_logits
-            if item.seq.wants_prompt_logprobs(item.start):
+            if item.num_logits and item.seq.request.next_row is not None:
                 try:
-                    self._note_prompt(item, logits[line - item.num_logits : line])
+                    item.seq.request.read(logits[line - item.num_logits : line])
                 except ValueError as error:  # not a number: this request's trouble alone
                     item.seq.request.error = str(error)
                     self._finish(item.seq, "error")
@@ -350,27 +363,47 @@ class Engine:
         request.metrics.finished = time.monotonic()
         return request.output(delta=delta, new_token_ids=new_token_ids)
 
-    def _note_prompt(self, item: Work, logits: Tensor) -> None:
-        request = item.seq.request
-        noted, top = request.prompt_logprobs, request.params.prompt_logprobs
-        assert noted is not None and top is not None
-        # After a preemption in the middle of the prompt its beginning is computed once more.
-        first = len(noted)
-        targets = request.prompt_ids[first : item.start + 1 + item.num_known]
-        skip = first - item.start - 1
-        noted.extend(prompt_logprobs(logits[skip : skip + len(targets)], targets, top))
-
     # ---- scoring --------------------------------------------------------------------------
 
     def score(self, token_ids: Seq[int]) -> np.ndarray:
         """Log-probabilities (float64 [T - 1], nats) of ``token_ids[1:]``, each given its past.
 
-        Reuses no prefix. Raises ``RequestError`` when the text does not fit.
+        Reuses no prefix. Raises ``RequestError`` when the text does not fit or the model gives one
+        of its tokens no finite log-probability.
         """
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        out = self.generate([list(token_ids)], params)[0]
-        assert out.prompt_logprobs is not None
-        return np.array([entry.logprob for entry in out.prompt_logprobs[1:] if entry is not None])
+        return self.score_batch([token_ids], [0])[0].logprobs
+
+    def score_batch(self, prompts: Seq[Seq[int]], starts: Seq[int]) -> list[Scores]:
+        """Scores of the tokens after position ``starts[i]`` of each prompt, batched.
+
+        What comes before a start may be taken from the prefix cache. Raises like ``score``.
+        """
+        readers: list[ScoreTokens] = []
+        for index, (prompt, start) in enumerate(zip(prompts, starts, strict=True)):
+            if not 0 <= start < max(1, len(prompt)):
+                raise RequestError(f"starts[{index}]: {start} is outside of its prompt")
+            readers.append(ScoreTokens(list(prompt), start))
+        params = [SamplingParams(max_tokens=1, temperature=0.0)] * len(readers)
+        for out in self._serve([list(prompt) for prompt in prompts], params, readers):
+            if out.error is not None:
+                raise RequestError(f"prompt: {out.error}")
+        return [reader.scores() for reader in readers]
+
+    def logits(self, token_ids: Seq[int]) -> Iterator[Tensor]:
+        """Logits (float32 [k, V]) of the rows that predict ``token_ids[1:]``, a few rows at a time
+        as steps compute them. Reuses no prefix. Raises ``RequestError`` when it does not fit."""
+        reader = KeepLogits()
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        request_id = self.add_request(list(token_ids), params, reader=reader)
+        try:
+            while request_id in self._requests:
+                self._pending = self.step()
+                yield from reader.take()
+            ended = next(out for out in self._pending if out.request_id == request_id)
+            if ended.error is not None:
+                raise RequestError(f"prompt: {ended.error}")
+        finally:
+            self._discard(request_id)
 
     # ---- checks ---------------------------------------------------------------------------
 

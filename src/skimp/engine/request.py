@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from skimp.cache import CacheSequence
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.rows import RowState
 from skimp.decoding.sampler import TokenLogprobs
 from skimp.decoding.stops import FinishReason, StopChecker
+from skimp.engine.reading import DescribeTokens, PromptReader
 
 
 @dataclass
@@ -66,6 +69,7 @@ class Request:
         arrival_index: int,
         max_tokens: int,
         salt: str | None,
+        reader: PromptReader | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_ids = prompt_ids
@@ -76,15 +80,28 @@ class Request:
         self.salt = salt
         self.sequences: list[Sequence] = []
         self.metrics = Metrics(arrival=time.monotonic())
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = (
-            None if params.prompt_logprobs is None else [None]
-        )
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            reader = DescribeTokens(prompt_ids, params.prompt_logprobs)
+            self.prompt_logprobs = reader.entries
+        self.reader = reader
+        self._next_row = 0 if reader is None else reader.start
         self.error: str | None = None
 
     @property
-    def may_reuse_prefix(self) -> bool:
-        # Log-probabilities of the prompt need the prompt to be computed.
-        return self.prompt_logprobs is None or len(self.prompt_logprobs) == len(self.prompt_ids)
+    def next_row(self) -> int | None:
+        """The first row of the prompt that its reader has not seen; None when there is none."""
+        if self.reader is None or self._next_row >= len(self.prompt_ids) - 1:
+            return None
+        return self._next_row
+
+    def read(self, logits: Tensor) -> None:
+        """Hand the reader the logits of ``next_row`` and those after it; others may follow those
+        of the prompt. ValueError from the reader."""
+        assert self.reader is not None
+        rows = logits[: len(self.prompt_ids) - 1 - self._next_row]
+        self._next_row += rows.shape[0]
+        self.reader.read(rows)
 
     @property
     def finished(self) -> bool:
@@ -140,8 +157,12 @@ class Sequence:
         """Output tokens that may still come."""
         return self.request.max_tokens - (len(self.tokens) - self.num_prompt)
 
-    def wants_prompt_logprobs(self, start: int) -> bool:
-        return not self.request.may_reuse_prefix and start < self.num_prompt
+    @property
+    def reusable(self) -> list[int]:
+        """The tokens that may come from the prefix cache, of which the last never does: a row that
+        is to be read has to be computed."""
+        row = self.request.next_row
+        return self.tokens if row is None else self.tokens[: row + 1]
 
     def completion(self) -> Completion:
         return Completion(

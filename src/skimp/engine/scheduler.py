@@ -105,9 +105,7 @@ class Scheduler:
             seq = self._waiting[0][1]
             if sum(s.places for s in self.running) + seq.places > self.max_batch:
                 break
-            seq.cache = self.cache.open(
-                seq.tokens if seq.request.may_reuse_prefix else [], salt=seq.request.salt
-            )
+            seq.cache = self.cache.open(seq.reusable, salt=seq.request.salt)
             seq.num_reused = seq.cache.length
             item = self._size(seq, budget, logits)
             if not self.cache.append(seq.cache, item.num_tokens):
@@ -126,9 +124,10 @@ class Scheduler:
         assert seq.cache is not None
         start = seq.cache.length
         known = min(len(seq.tokens) - start, budget)
-        if seq.wants_prompt_logprobs(start):
-            known = min(known, logits)
-            return Work(seq, start, known, known)
+        row = seq.request.next_row
+        if row is not None:
+            known = min(known, row - start + logits)
+            return Work(seq, start, known, max(0, start + known - row))
         if start + known < len(seq.tokens):
             return Work(seq, start, known, 0)
         room = min(budget - known, logits - 1, seq.tokens_left - 1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,11 @@ class QualityResult:
     bits_per_token: float
     context: int
 
+    @property
+    def perplexity(self) -> float:
+        """Per token: it compares models of one tokenizer only."""
+        return 2.0**self.bits_per_token
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "bits_per_byte": self.bits_per_byte,
@@ -50,16 +55,65 @@ class QualityResult:
             "documents": self.documents,
             "blocks": self.blocks,
             "bits_per_token": self.bits_per_token,
+            "perplexity": self.perplexity,
             "context": self.context,
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A passage: bits spent on it and the bytes it stands for."""
+    """A passage: what was summed over it (bits, say) and its size (in bytes, say)."""
 
-    bits: float
-    bytes: float
+    amount: float
+    size: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A document's tokens, and its passages as (first token, past the last, bytes)."""
+
+    ids: list[int]
+    passages: list[tuple[int, int, float]]
+
+    def blocks(self, values: np.ndarray, *, per: str) -> list[Block]:
+        """Values [len(ids)] summed by passage, sized in ``per``: "bytes" or "tokens"."""
+        return [
+            Block(amount=float(values[a:b].sum()), size=n if per == "bytes" else b - a)
+            for a, b, n in self.passages
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A text as one model will read it: ``prefix`` is the token that documents begin with."""
+
+    documents: list[Document]
+    prefix: int
+    context: int
+    bytes: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(doc.ids) for doc in self.documents)
+
+    def result(self, bits: list[np.ndarray], *, seed: int) -> QualityResult:
+        """From the bits of every token, an array [len(ids)] a document."""
+        blocks = [
+            block
+            for doc, values in zip(self.documents, bits, strict=True)
+            for block in doc.blocks(values, per="bytes")
+        ]
+        total = sum(block.amount for block in blocks)
+        return QualityResult(
+            bits_per_byte=total / self.bytes,
+            ci95=bootstrap(blocks, seed=seed),
+            tokens=self.tokens,
+            bytes=self.bytes,
+            documents=len(self.documents),
+            blocks=len(blocks),
+            bits_per_token=total / self.tokens,
+            context=self.context,
+        )
 
 
 def split_documents(text: str) -> list[str]:
@@ -83,46 +137,56 @@ def evaluate(
     document that reaches it. ``progress`` is told documents done and documents in all. Raises
     ValueError if there is nothing to score or no token to condition on.
     """
-    spec, tokenizer = engine.spec, engine.tokenizer
+    reading = read_text(engine, text, context=context, max_bytes=max_bytes)
+    bits = []
+    for done, doc in enumerate(reading.documents):
+        if progress is not None:
+            progress(done, len(reading.documents))
+        nats = score_windows(engine.score, reading.prefix, doc.ids, reading.context)
+        bits.append(-nats / math.log(2))
+    if progress is not None:
+        progress(len(bits), len(bits))
+    return reading.result(bits, seed=seed)
+
+
+def read_text(
+    engine: Engine, text: str, *, context: int | None = None, max_bytes: int | None = None
+) -> Reading:
+    """What of ``text`` is scored, and how. Raises ValueError like ``evaluate``."""
+    tokenizer = engine.tokenizer
     if tokenizer is None:
         raise ValueError("model: it has no tokenizer, so text cannot be scored")
     longest = engine.max_context - 1  # the engine keeps room for one generated token
     context = longest if context is None else context
     if not 2 <= context <= longest:
         raise ValueError(f"context: between 2 and {longest}, not {context}")
-    prefix = spec.bos_token_id
-    if prefix is None:
-        if not spec.eos_token_ids:
-            raise ValueError("model: neither bos_token_id nor eos_token_id to condition on")
-        prefix = spec.eos_token_ids[0]
-    documents = _limit(split_documents(text), max_bytes)
-    if not documents:
+    texts = _limit(split_documents(text), max_bytes)
+    encoded = [tokenizer.encode(doc, add_special=False) for doc in texts]
+    tokens = sum(map(len, encoded))
+    if not tokens:
         raise ValueError("text: there is nothing to score in it")
-    encoded = [tokenizer.encode(doc, add_special=False) for doc in documents]
-    size = block_tokens(sum(map(len, encoded)))
-    blocks: list[Block] = []
-    tokens = 0
-    for done, (doc, ids) in enumerate(zip(documents, encoded)):
-        if progress is not None:
-            progress(done, len(documents))
-        if not ids:
-            continue
-        bits = -score_windows(engine.score, prefix, ids, context) / math.log(2)
-        tokens += len(ids)
-        blocks += _blocks(bits, ids, doc, size, tokenizer.decode)
-    if progress is not None:
-        progress(len(documents), len(documents))
-    total_bits, total_bytes = sum(b.bits for b in blocks), sum(len(d.encode()) for d in documents)
-    return QualityResult(
-        bits_per_byte=total_bits / total_bytes,
-        ci95=bootstrap(blocks, seed=seed),
-        tokens=tokens,
-        bytes=total_bytes,
-        documents=len(documents),
-        blocks=len(blocks),
-        bits_per_token=total_bits / tokens,
+    size = block_tokens(tokens)
+    documents = [
+        Document(ids=ids, passages=_passages(ids, doc, size, tokenizer.decode))
+        for doc, ids in zip(texts, encoded)
+        if ids
+    ]
+    return Reading(
+        documents=documents,
+        prefix=first_token(engine),
         context=context,
+        bytes=sum(len(doc.encode()) for doc, ids in zip(texts, encoded) if ids),
     )
+
+
+def first_token(engine: Engine) -> int:
+    """The token that a text is conditioned on: the begin token, or else the first end token."""
+    spec = engine.spec
+    if spec.bos_token_id is not None:
+        return spec.bos_token_id
+    if not spec.eos_token_ids:
+        raise ValueError("model: neither bos_token_id nor eos_token_id to condition on")
+    return spec.eos_token_ids[0]
 
 
 def score_windows(
@@ -137,16 +201,23 @@ def score_windows(
 
     sequence = [prefix, *ids]
     found = np.empty(len(ids))
-    done = 1  # tokens of the sequence that are scored or need no score
-    while done < len(sequence):
-        start = 0 if done == 1 else done - context // 2
-        end = min(len(sequence), start + context)
+    for start, done, end in windows(len(sequence), context):
         scores = np.asarray(score(sequence[start:end]), dtype=np.float64)
         found[done - 1 : end - 1] = scores[done - start - 1 :]
-        done = end
     if not np.isfinite(found).all():
         raise ValueError("model: it gives a token of the text no finite log-probability")
     return found
+
+
+def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
+    """Windows (start, first position that is new, end) over a sequence whose position 0 needs no
+    score."""
+    done = 1
+    while done < length:
+        start = 0 if done == 1 else done - context // 2
+        end = min(length, start + context)
+        yield start, done, end
+        done = end
 
 
 def block_tokens(tokens: int) -> int:
@@ -155,33 +226,33 @@ def block_tokens(tokens: int) -> int:
 
 
 def bootstrap(blocks: list[Block], *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of total bits over total bytes when blocks are drawn anew with replacement."""
+    """95 % interval of total amount over total size when blocks are drawn anew with replacement.
+
+    The draws depend on the seed and the number of blocks alone.
+    """
     import numpy as np
 
-    bits = np.array([b.bits for b in blocks])
-    sizes = np.array([b.bytes for b in blocks])
+    amounts = np.array([b.amount for b in blocks])
+    sizes = np.array([b.size for b in blocks])
     rng = np.random.default_rng(seed)
     ratios = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
         drawn = rng.integers(0, len(blocks), len(blocks))
-        ratios[i] = bits[drawn].sum() / sizes[drawn].sum()
+        ratios[i] = amounts[drawn].sum() / sizes[drawn].sum()
     low, high = np.quantile(ratios, (0.025, 0.975))
     return float(low), float(high)
 
 
-def _blocks(
-    bits: np.ndarray, ids: list[int], doc: str, size: int, decode: Callable[[list[int]], str]
-) -> list[Block]:
+def _passages(
+    ids: list[int], doc: str, size: int, decode: Callable[[list[int]], str]
+) -> list[tuple[int, int, float]]:
     """A document's passages. Their bytes are those of their decoded tokens, scaled so that they
     add up: a token may hold part of a character."""
     count = max(1, round(len(ids) / size))
     edges = [len(ids) * i // count for i in range(count + 1)]
-    spans = list(pairwise(edges))
-    lengths = [max(1, len(decode(ids[a:b]).encode())) for a, b in spans]
+    lengths = [max(1, len(decode(ids[a:b]).encode())) for a, b in pairwise(edges)]
     scale = len(doc.encode()) / sum(lengths)
-    return [
-        Block(bits=float(bits[a:b].sum()), bytes=n * scale) for (a, b), n in zip(spans, lengths)
-    ]
+    return [(a, b, n * scale) for (a, b), n in zip(pairwise(edges), lengths)]
 
 
 def _limit(documents: list[str], max_bytes: int | None) -> list[str]:

@@ -1,0 +1,257 @@
+"""How far a model's predictions moved from those of the model it was made of.
+
+One pass over a text, window by window (see ``quality``), gives three answers of increasing
+sharpness:
+
+- bits per byte of both, each with its own interval;
+- their **paired** difference: both read the same passages, so what makes a passage hard cancels,
+  and the interval is many times narrower than those of the two;
+- the Kullback-Leibler divergence KL(base || other) over the whole vocabulary, in nats per token,
+  which counts every change of a prediction and not only that of the token that came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from skimp.meter.quality import Block, QualityResult, Reading, bootstrap, read_text, windows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from skimp.engine import Engine
+
+_VALUES = 1 << 22  # logits turned into float64 at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceResult:
+    """Mean KL(base || other) in nats per token with its 95 % interval.
+
+    ``top1`` is the share of positions at which both hold the same token likeliest.
+    """
+
+    kl: float
+    ci95: tuple[float, float]
+    top1: float
+    top1_ci95: tuple[float, float]
+    tokens: int
+    blocks: int
+    context: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "kl": self.kl,
+            "ci95": list(self.ci95),
+            "unit": "nats per token",
+            "top1": self.top1,
+            "top1_ci95": list(self.top1_ci95),
+            "tokens": self.tokens,
+            "blocks": self.blocks,
+            "context": self.context,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """Bits per byte of other less those of base, with the interval of the paired bootstrap."""
+
+    bits_per_byte: float
+    ci95: tuple[float, float]
+
+    @property
+    def inside_noise(self) -> bool:
+        """Whether the interval holds zero: the text cannot tell the two apart."""
+        return self.ci95[0] <= 0.0 <= self.ci95[1]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "ci95": list(self.ci95),
+            "inside_noise": self.inside_noise,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All that one pass over a text says of two models."""
+
+    base: QualityResult
+    other: QualityResult
+    paired: PairedDifference
+    divergence: DivergenceResult
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "base": self.base.as_dict(),
+            "other": self.other.as_dict(),
+            "paired": self.paired.as_dict(),
+            "divergence": self.divergence.as_dict(),
+        }
+
+
+def divergence(
+    base: Engine,
+    other: Engine,
+    text: str,
+    *,
+    context: int | None = None,
+    max_bytes: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> DivergenceResult:
+    """KL(base || other) over ``text``; see ``compare_quality``."""
+    found = compare_quality(
+        base, other, text, context=context, max_bytes=max_bytes, seed=seed, progress=progress
+    )
+    return found.divergence
+
+
+def compare_quality(
+    base: Engine,
+    other: Engine,
+    text: str,
+    *,
+    context: int | None = None,
+    max_bytes: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Bits per byte of both models, their paired difference and their divergence over ``text``.
+
+    Options are those of ``quality.evaluate``; ``context`` is by default the longest that both
+    engines have. Raises ValueError when the two do not read the text as the same tokens of one
+    vocabulary, or when either gives a token no probability.
+    """
+    if base.spec.vocab_size != other.spec.vocab_size:
+        raise ValueError(
+            f"vocab_size: {base.spec.vocab_size} of the base and {other.spec.vocab_size} of the "
+            "other; only models of one vocabulary diverge by a number"
+        )
+    if context is None:
+        context = min(base.max_context, other.max_context) - 1
+    reading = read_text(base, text, context=context, max_bytes=max_bytes)
+    _check_same(reading, read_text(other, text, context=context, max_bytes=max_bytes))
+    found = []
+    for done, doc in enumerate(reading.documents):
+        if progress is not None:
+            progress(done, len(reading.documents))
+        found.append(_compare(base, other, [reading.prefix, *doc.ids], context))
+    if progress is not None:
+        progress(len(found), len(found))
+    return _summary(reading, found, seed)
+
+
+def _check_same(one: Reading, two: Reading) -> None:
+    if one.prefix != two.prefix:
+        raise ValueError(
+            f"bos_token_id: texts begin with token {one.prefix} in the base and {two.prefix} in "
+            "the other"
+        )
+    for index, (a, b) in enumerate(zip(one.documents, two.documents, strict=True)):
+        if a.ids != b.ids:
+            raise ValueError(f"tokenizer: the two models part document {index} differently")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Compared:
+    """Per token of one document: bits of both, KL in nats, whether the likeliest token agrees."""
+
+    base: np.ndarray
+    other: np.ndarray
+    kl: np.ndarray
+    same: np.ndarray
+
+
+def _compare(base: Engine, other: Engine, sequence: list[int], context: int) -> _Compared:
+    import numpy as np
+
+    found = np.empty((4, len(sequence) - 1))
+    for start, done, end in windows(len(sequence), context):
+        row = start
+        window = sequence[start:end]
+        for p, q in _aligned(base.logits(window), other.logits(window)):
+            first, row = row, row + p.shape[0]
+            skip = max(0, done - 1 - first)  # rows that an earlier window scored
+            if skip < p.shape[0]:
+                targets = sequence[first + skip + 1 : row + 1]
+                found[:, first + skip : row] = _rows(p[skip:], q[skip:], targets)
+    if not np.isfinite(found).all():
+        raise ValueError("model: one of the two gives a token of the text no finite probability")
+    bits = -found[:2] / math.log(2)
+    return _Compared(base=bits[0], other=bits[1], kl=found[2], same=found[3])
+
+
+def _rows(p: Tensor, q: Tensor, targets: list[int]) -> np.ndarray:
+    """Log-probabilities of the targets under both, KL and agreement: float64 [4, k] from logits
+    [k, V]."""
+    import numpy as np
+    import torch
+
+    found = np.empty((4, len(targets)))
+    step = max(1, _VALUES // p.shape[1])
+    for a in range(0, len(targets), step):
+        b = min(a + step, len(targets))
+        left = torch.log_softmax(p[a:b].double(), dim=-1)
+        right = torch.log_softmax(q[a:b].double().to(left.device), dim=-1)
+        ids = torch.tensor(targets[a:b], device=left.device)[:, None]
+        weights = left.exp()
+        # What the base rules out weighs nothing, whatever the other makes of it.
+        gaps = torch.where(weights > 0, left - right, 0.0)
+        rows = (
+            left.gather(-1, ids)[:, 0],
+            right.gather(-1, ids)[:, 0],
+            (weights * gaps).sum(-1),
+            (left.argmax(-1) == right.argmax(-1)).double(),
+        )
+        found[:, a:b] = torch.stack(rows).cpu().numpy()
+    return found
+
+
+def _aligned(left: Iterator[Tensor], right: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of equally many rows from two streams of rows cut in different places."""
+    p = q = None
+    while True:
+        p = next(left, None) if p is None else p
+        q = next(right, None) if q is None else q
+        if p is None or q is None:
+            assert p is q, "one engine gave more rows than the other"
+            return
+        count = min(p.shape[0], q.shape[0])
+        yield p[:count], q[:count]
+        p = p[count:] if count < p.shape[0] else None
+        q = q[count:] if count < q.shape[0] else None
+
+
+def _summary(reading: Reading, found: list[_Compared], seed: int) -> Comparison:
+    def blocks(values: Iterable[np.ndarray], per: str) -> list[Block]:
+        pairs = zip(reading.documents, values, strict=True)
+        return [block for doc, array in pairs for block in doc.blocks(array, per=per)]
+
+    def mean(parts: list[Block]) -> float:
+        return sum(b.amount for b in parts) / sum(b.size for b in parts)
+
+    kl = blocks((f.kl for f in found), "tokens")
+    same = blocks((f.same for f in found), "tokens")
+    worse = blocks((f.other - f.base for f in found), "bytes")
+    return Comparison(
+        base=reading.result([f.base for f in found], seed=seed),
+        other=reading.result([f.other for f in found], seed=seed),
+        paired=PairedDifference(
+            bits_per_byte=mean(worse),
+            ci95=bootstrap(worse, seed=seed),
+        ),
+        divergence=DivergenceResult(
+            kl=mean(kl),
+            ci95=bootstrap(kl, seed=seed),
+            top1=mean(same),
+            top1_ci95=bootstrap(same, seed=seed),
+            tokens=reading.tokens,
+            blocks=len(kl),
+            context=reading.context,
+        ),
+    )
