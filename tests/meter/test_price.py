@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import shutil
 import struct
 import subprocess
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -25,28 +27,31 @@ from skimp.meter.quality import QualityResult
 from skimp.meter.report import as_markdown, as_text, write_html
 from skimp.meter.speed import Case, SpeedResult, bench_together
 from skimp.meter.work import spec_work
+from skimp.text.tokenizer import Tokenizer
 from tests.tiny_models import tiny_decoder
 
 CHROMIUM = shutil.which("chromium")
 
 
-class Letters:
-    """A tokenizer of bytes."""
+@functools.cache
+def letters() -> Tokenizer:
+    """A tokenizer of single bytes."""
+    from tokenizers import Tokenizer as Plain
+    from tokenizers import decoders, models, pre_tokenizers
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode(errors="replace")
-
-    def encode_plain(self, text: str) -> list[int]:
-        return self.encode(text)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    plain = Plain(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    with tempfile.TemporaryDirectory() as name:
+        plain.save(str(Path(name) / "tokenizer.json"))
+        return Tokenizer.load(Path(name))
 
 
 def engine(seed: int = 0, **options) -> Engine:
     threads = torch.get_num_threads()
     options = {"max_context": 400, "max_batch": 4, "backend": "plain", **options}
-    found = Engine(tiny_decoder(seed=seed), Letters(), EngineOptions(**options))  # type: ignore[arg-type]
+    found = Engine(tiny_decoder(seed=seed), letters(), EngineOptions(**options))
     torch.set_num_threads(threads)
     return found
 
@@ -231,7 +236,10 @@ def test_charts_are_drawn_in_a_browser_without_a_network(tmp_path: Path, chart: 
     page = (tmp_path / "price.html").read_text()
     # One chart alone, so that what is seen is it and nothing else.
     figure = re.findall(r"<svg.*?</svg>", page, re.DOTALL)[chart]
-    alone = "<!doctype html><style>body{margin:0;color:#000}svg{width:400px;height:auto}</style>" + figure
+    alone = (
+        "<!doctype html><style>body{margin:0;color:#000}svg{width:400px;height:auto}</style>"
+        + figure
+    )
     (tmp_path / "chart.html").write_text(alone)
     shot = tmp_path / "chart.png"
     command = [
