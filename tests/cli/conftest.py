@@ -90,6 +90,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     desktop = hardware_by_name("desktop")
     monkeypatch.setattr("skimp.cost.this_machine", lambda **kw: desktop)
     monkeypatch.setattr("skimp.meter.calibrate.engine_hardware", lambda engine: desktop)
+    monkeypatch.setattr("skimp.meter.calibrate.this_machine", lambda **kw: desktop)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

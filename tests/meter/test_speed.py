@@ -162,15 +162,15 @@ def test_calibration_finds_a_known_machine_again(monkeypatch: pytest.MonkeyPatch
     blank = Hardware.from_dict({**truth.as_dict(), "overheads": vars(Overheads())})
     found = calibrate.measure_engine(blank, dtype="float32", options={})
     for work in (
-        spec_work(calibrate._spec(layers=6, hidden=288, inner=768, heads=6, vocab=32000)),
+        spec_work(
+            calibrate._spec(layers=6, hidden=288, inner=768, heads=6, vocab=32000), "float32"
+        ),
     ):
         for batch in (1, 8, 32):
             for context in (128, 1024):
                 cost = step_cost(work, uniform(batch, context))
-                expected = predict(cost, truth, dtype="float32").seconds
-                assert predict(cost, found, dtype="float32").seconds == pytest.approx(
-                    expected, rel=0.1
-                )
+                expected = predict(cost, truth).seconds
+                assert predict(cost, found).seconds == pytest.approx(expected, rel=0.1)
 
 
 def test_calibration_is_kept_and_a_damaged_file_is_measured_anew(

@@ -18,6 +18,7 @@ def make_app() -> typer.Typer:
     from skimp.cli.generate import generate
     from skimp.cli.info import info
     from skimp.cli.plan import plan
+    from skimp.cli.price import price
 
     app = typer.Typer(
         cls=OneLineErrors,
@@ -37,6 +38,7 @@ def make_app() -> typer.Typer:
     app.command()(bench)
     app.command(name="eval")(evaluate)
     app.command()(plan)
+    app.command()(price)
     app.command()(info)
     return app
 

@@ -10,6 +10,7 @@ from skimp.cli import options as opt
 
 if TYPE_CHECKING:
     from skimp.cost import Hardware, Inapplicable, ModelWork, Outcome
+    from skimp.model.spec import ModelSpec
 
 DEFAULT_CONTEXT = 4096
 
@@ -70,7 +71,7 @@ def plan(
     """
     from skimp.cli.models import model_spec
     from skimp.cli.output import print_json
-    from skimp.cost import Assumptions, compare, hardware_by_name, this_machine
+    from skimp.cost import Assumptions, compare, hardware_by_name
     from skimp.meter.work import spec_work
 
     sequences = opt.parse_count(batch, "batch")
@@ -89,13 +90,13 @@ def plan(
     )
     if memory is not None and not 0 < memory < 1e9:
         raise ValueError(f"memory: a positive number of GB, not {memory}")
-    machine = this_machine() if hardware == "this" else hardware_by_name(hardware)
     spec = model_spec(model)
     if tokens is None:
         tokens = min(DEFAULT_CONTEXT, spec.max_positions)
     if tokens > spec.max_positions:
         raise ValueError(f"context: {tokens} exceeds the model's {spec.max_positions} positions")
     work = spec_work(spec, None if dtype == "auto" else dtype)
+    machine = _this(spec, work) if hardware == "this" else hardware_by_name(hardware)
     base, variants = compare(
         spec, work, machine, batch=sequences, context=tokens, assumptions=assumptions
     )
@@ -104,6 +105,24 @@ def plan(
         print_json(_as_dict(model, machine, work, base, variants, budget))
     else:
         _print(model, machine, work, base, variants, budget)
+
+
+def _this(spec: ModelSpec, work: ModelWork) -> Hardware:
+    """The machine at hand, as an engine of this dtype was measured on it if one was."""
+    from skimp.cost import this_machine
+    from skimp.kernels import native
+    from skimp.meter.calibrate import calibrated
+
+    if not native.available():
+        return this_machine()
+    return calibrated(
+        dtype=work.compute_dtype,
+        device="cpu",
+        backend="native",
+        threads=native.get_threads(),
+        formats=spec.formats.values(),
+        measure=False,
+    )
 
 
 def _fits(work: ModelWork, base: Outcome, budget: float) -> dict[str, Any]:

@@ -56,9 +56,10 @@ class Hardware:
 
     ``bandwidth_gb_s`` is what the memory beyond all caches gives and what limits are quoted
     against. ``bandwidth_curve`` gives (working-set bytes, GB/s): a model that fits a cache is read
-    at the cache's pace. ``matrix_tflops`` gives per dtype (rows, TFLOP/s): few rows do not fill
-    the units. ``attention_curve`` gives (cache bytes a step reads, GB/s): how fast attention's
-    kernel walks scattered pages, where that is slower than the memory streams.
+    at the cache's pace. ``matrix_tflops`` gives per dtype, and per arithmetic of a low-bit format,
+    (rows, TFLOP/s): few rows do not fill the units. ``attention_curve`` gives (cache bytes a step
+    reads, GB/s): how fast attention's kernel walks scattered pages, where that is slower than the
+    memory streams.
     """
 
     name: str
@@ -80,8 +81,12 @@ class Hardware:
             return self.bandwidth_gb_s
         return interpolate(self.bandwidth_curve, working_set)
 
-    def matrix_rate(self, dtype: str, rows: int) -> float:
-        """TFLOP/s of a product with ``rows`` rows. Raises ValueError for a dtype not listed."""
+    def matrix_rate(self, dtype: str, rows: int, arithmetic: str | None = None) -> float:
+        """TFLOP/s of a product with ``rows`` rows. An ``arithmetic`` that is not listed counts as
+        ``dtype``'s, to which weights can always be widened. Raises ValueError for a dtype not
+        listed."""
+        if arithmetic is not None and arithmetic in self.matrix_tflops:
+            return interpolate(self.matrix_tflops[arithmetic], rows)
         if dtype not in self.matrix_tflops:
             known = ", ".join(sorted(self.matrix_tflops))
             raise ValueError(f"dtype: no {dtype} matrix rate is known for {self.name} ({known})")
@@ -167,9 +172,8 @@ class StepTime:
         return max(shares, key=lambda name: shares[name])
 
 
-def predict(cost: StepCost, hardware: Hardware, *, dtype: str | None = None) -> StepTime:
-    """Roofline of ``cost`` on ``hardware``; ``dtype`` is that of the arithmetic."""
-    dtype = cost.compute_dtype if dtype is None else dtype
+def predict(cost: StepCost, hardware: Hardware) -> StepTime:
+    """Roofline of ``cost`` on ``hardware``."""
     moved = cost.bytes_read + cost.cache_write_bytes + cost.activation_bytes
     weights_gb_s = hardware.bandwidth(moved)
     terms = []
@@ -179,7 +183,7 @@ def predict(cost: StepCost, hardware: Hardware, *, dtype: str | None = None) -> 
         # Activations pass from one product to the next through whatever cache one of them fits.
         memory += term.activation_bytes / hardware.bandwidth(max(1.0, term.activation_bytes / 16))
         if term.kind == "matmul":
-            rate = hardware.matrix_rate(dtype, max(1, term.rows))
+            rate = hardware.matrix_rate(cost.compute_dtype, max(1, term.rows), term.arithmetic)
         else:
             rate = hardware.attention_tflops
             if hardware.attention_curve:
@@ -198,8 +202,10 @@ def named_hardware() -> dict[str, Hardware]:
     gpu = Overheads(layer_s=40e-6)
     gib = float(1 << 30)
 
-    def flat(**rates: float) -> dict[str, Curve]:
-        return {name: ((1.0, rate),) for name, rate in rates.items()}
+    def flat(int8: float = 0.0, fp8: float = 0.0, **rates: float) -> dict[str, Curve]:
+        """The sheets' 8-bit rates are of products with both sides in 8 bits."""
+        rates |= {"int8-a8": int8, "fp8-afp8": fp8}
+        return {name: ((1.0, rate),) for name, rate in rates.items() if rate}
 
     machines = (
         Hardware(
@@ -211,7 +217,11 @@ def named_hardware() -> dict[str, Hardware]:
             bandwidth_gb_s=2995.0,
             bandwidth_curve=((1.0, 2744.0),),
             matrix_tflops=flat(
-                bfloat16=776.0, float16=776.0, float32=51.0, fp8=1400.0, int8=1400.0
+                bfloat16=776.0,
+                float16=776.0,
+                float32=51.0,
+                fp8=1400.0,
+                int8=1400.0,
             ),
             attention_tflops=598.0,
             memory_bytes=80e9,

@@ -18,14 +18,18 @@ from skimp.cost.work import (
     MixerWork,
     ModelWork,
     StepCost,
+    arithmetic,
     item_bytes,
     step_cost,
     uniform,
 )
+from skimp.formats.weight import WeightFormat
 from skimp.model.spec import ModelSpec
 
 MLA_LATENT, MLA_ROPE = 512, 64
-INT4_BITS = 4 + 16 / 128  # one 16-bit scale a group of 128
+INT8 = WeightFormat(kind="int", bits=8)
+INT4 = WeightFormat(kind="int", bits=4, group_size=128)
+FP8 = WeightFormat(kind="float", bits=8, activations="fp8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,6 @@ def compare(
         rows: int = 1,
         tokens_per_step: float = 1.0,
         extra_s: float = 0.0,
-        dtype: str | None = None,
     ) -> Outcome:
         # Rows beyond the first look ahead of the context that the question names.
         cost = step_cost(work, uniform(batch, context + rows - 1, tokens=rows, logits=rows))
@@ -116,7 +119,7 @@ def compare(
             name=name,
             detail=detail,
             cost=cost,
-            time=predict(cost, hardware, dtype=dtype),
+            time=predict(cost, hardware),
             limit_s=hardware.limit_s(cost),
             extra_s=extra_s,
             tokens_per_step=tokens_per_step,
@@ -126,25 +129,24 @@ def compare(
     base = outcome("as it is", f"{work.compute_dtype} weights and cache", work)
     found: list[Outcome | Inapplicable] = []
 
-    def attempt(
-        name: str, make: Callable[[], tuple[str, ModelWork]], dtype: str | None = None
-    ) -> None:
+    def attempt(name: str, make: Callable[[], tuple[str, ModelWork]]) -> None:
         try:
             detail, changed = make()
         except _NoGain as reason:
             found.append(Inapplicable(name=name, reason=str(reason)))
         else:
-            found.append(outcome(name, detail, changed, dtype=dtype))
+            found.append(outcome(name, detail, changed))
 
     attempt("GQA", lambda: _fewer_heads(spec, work, assumptions.kv_heads))
     attempt("MLA", lambda: _latent(spec, work))
     attempt("local/global", lambda: _windows(work, assumptions.window, assumptions.global_every))
     known = hardware.matrix_tflops
-    int8 = "int8" if "int8" in known else None
-    attempt("int8 weights", lambda: _weights(work, 8.0, "per channel", head=True), int8)
-    attempt("int4 weights", lambda: _weights(work, INT4_BITS, "group 128", head=False))
-    if hardware.kind == "gpu" and "fp8" in known:
-        attempt("fp8 weights", lambda: _weights(work, 8.0, "per channel", head=True), "fp8")
+    # Where the machine multiplies in 8 bits, activations are rounded too.
+    int8 = replace(INT8, activations="int8") if "int8-a8" in known else INT8
+    attempt("int8 weights", lambda: _weights(work, int8, head=True))
+    attempt("int4 weights", lambda: _weights(work, INT4, head=False))
+    if hardware.kind == "gpu" and arithmetic(FP8) in known:
+        attempt("fp8 weights", lambda: _weights(work, FP8, head=True))
     else:
         found.append(Inapplicable(name="fp8 weights", reason=f"no fp8 products on {hardware.name}"))
     attempt("int8 cache", lambda: _cache_bits(work, 8))
@@ -267,17 +269,17 @@ def _windows(work: ModelWork, window: int, every: int) -> tuple[str, ModelWork]:
     return f"{every - 1} of {every} layers see {window} tokens", replace(work, mixers=tuple(mixers))
 
 
-def _weights(work: ModelWork, bits: float, scale: str, *, head: bool) -> tuple[str, ModelWork]:
+def _weights(work: ModelWork, form: WeightFormat, *, head: bool) -> tuple[str, ModelWork]:
     matrices = []
     for m in work.matrices:
-        # One 16-bit scale an output channel, where the scales are not in ``bits`` already.
-        stored = bits + (16 / m.in_features if scale == "per channel" else 0)
+        stored = form.bits_per_weight(m.in_features)
         change = (head or not m.head) and stored < m.bits
-        matrices.append(replace(m, bits=stored) if change else m)
+        matrices.append(replace(m, bits=stored, format=form) if change else m)
     if tuple(matrices) == work.matrices:
         raise _NoGain("the weights are no larger now")
+    scale = "per channel" if form.group_size is None else f"group {form.group_size}"
     kept = "" if head else ", output matrix kept"
-    return f"{bits:g} bits, {scale}{kept}", replace(work, matrices=tuple(matrices))
+    return f"{arithmetic(form)}, {scale}{kept}", replace(work, matrices=tuple(matrices))
 
 
 def _cache_bits(work: ModelWork, bits: int) -> tuple[str, ModelWork]:

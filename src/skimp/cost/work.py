@@ -35,6 +35,14 @@ _ITEM_BYTES = (
 )
 
 
+def arithmetic(form: WeightFormat) -> str:
+    """How products with matrices of ``form`` are computed, as a machine lists their rates:
+    ``int4``, ``int8`` and ``fp8`` widen the weights, ``int8-a8`` and the like round the inputs
+    too. Group sizes and zero points make no difference worth a rate of their own."""
+    text = "fp8" if form.kind == "float" else f"int{form.bits}"
+    return text + {None: "", "int8": "-a8", "fp8": "-afp8"}[form.activations]
+
+
 def item_bytes(dtype: str) -> int:
     """Bytes of one number of ``dtype``. Raises ValueError on a name it does not know."""
     for name, size in _ITEM_BYTES:
@@ -46,7 +54,8 @@ def item_bytes(dtype: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixWork:
-    """One weight matrix. ``bits`` are those read per weight, scales and zero points included."""
+    """One weight matrix. ``bits`` are those read per weight, scales and zero points included;
+    ``format`` is None for a dense matrix."""
 
     name: str
     term: str  # the line it adds to in a breakdown
@@ -54,7 +63,12 @@ class MatrixWork:
     out_features: int
     bits: float
     head: bool = False  # multiplied only by the rows whose logits are wanted
-    format: WeightFormat | None = None  # as stored; None: dense
+    format: WeightFormat | None = None
+
+    @property
+    def arithmetic(self) -> str | None:
+        """What its products are computed in; None is the model's own dtype."""
+        return None if self.format is None else arithmetic(self.format)
 
     @property
     def weights(self) -> int:
@@ -145,7 +159,10 @@ def uniform(batch: int, context: int, *, tokens: int = 1, logits: int = 1) -> li
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """One line of a step's bill. Bytes and floating-point operations (a multiply-add is two)."""
+    """One line of a step's bill. Bytes and floating-point operations (a multiply-add is two).
+
+    ``arithmetic`` names the rate of its products where that is not the model's own dtype.
+    """
 
     name: str
     kind: Kind
@@ -155,6 +172,7 @@ class Term:
     activation_bytes: float = 0.0
     flops: float = 0.0
     rows: int = 0
+    arithmetic: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,13 +230,12 @@ def model_work(
 ) -> ModelWork:
     """The work of a model, from its spec and its layers' own cache specs, in order.
 
-    ``dtype`` (the checkpoint's by default) is that of dense weights and arithmetic. Matrices in
-    the spec's low-bit formats count their own bits.
-    ``bits`` overrides the bits per weight of matrices whose name matches a shell pattern, such as
-    ``{"layers.*": 4.125, "lm_head": 16}``; the first match counts, and a pattern that matches
-    nothing is refused. Matrices are named ``layers.<i>.mixer.{q,k,v,o}_proj``,
-    ``layers.<i>.ffn.{gate,up,down}_proj`` and ``lm_head``; ``embed_tokens`` sets the bits of
-    an untied table.
+    ``dtype`` (the checkpoint's by default) is that of dense weights and arithmetic; matrices in
+    ``spec.formats`` count their formats' bits. ``bits`` overrides the bits per weight of matrices
+    whose name matches a shell pattern, such as ``{"layers.*": 4.125, "lm_head": 16}``; the first
+    match counts, and a pattern that matches nothing is refused. Matrices are named
+    ``layers.<i>.mixer.{q,k,v,o}_proj``, ``layers.<i>.ffn.{gate,up,down}_proj`` and ``lm_head``;
+    ``embed_tokens`` sets the bits of an untied table.
     """
     dtype = spec.dtype if dtype is None else dtype
     dense_bits = 8.0 * item_bytes(dtype)
@@ -302,10 +319,10 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
     rows = sum(s.tokens for s in steps)
     logit_rows = sum(s.logits for s in steps)
 
-    by_term: dict[str, list[MatrixWork]] = {}
+    by_term: dict[tuple[str, str | None], list[MatrixWork]] = {}
     for matrix in work.matrices:
         if not matrix.head or logit_rows:
-            by_term.setdefault(matrix.term, []).append(matrix)
+            by_term.setdefault((matrix.term, matrix.arithmetic), []).append(matrix)
     terms = [
         Term(
             name="embedding, norms",
@@ -314,7 +331,9 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
             rows=rows,
         )
     ]
-    for name, group in by_term.items():
+    names = [term for term, _ in by_term]
+    for (term, how), group in by_term.items():
+        name = f"{term}, {how or work.compute_dtype}" if names.count(term) > 1 else term
         n = logit_rows if group[0].head else rows
         io = sum(m.in_features + m.out_features for m in group)
         terms.append(
@@ -325,6 +344,7 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
                 activation_bytes=float(n * io * work.activation_bytes),
                 flops=2.0 * n * sum(m.weights for m in group),
                 rows=n,
+                arithmetic=how,
             )
         )
     by_mixer: dict[MixerWork, int] = {}

@@ -5,7 +5,8 @@ between them give the cost of a step, of a layer, of a sequence and of a logit; 
 rate of matrix products by number of rows, and long contexts that of attention. Shapes that users
 run are none of the probes, so a prediction is not a copy of its own measurement.
 
-It takes a few seconds and is kept beside the machine's own figures.
+It takes a few seconds and is kept beside the machine's own figures. Low-bit formats are measured
+one by one, when an engine first uses them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skimp.cost import (
@@ -28,13 +31,15 @@ from skimp.cost import (
 )
 from skimp.cost.hardware import Curve
 from skimp.cost.machine import cache_dir, cpu_model, kept
-from skimp.meter.work import engine_threads
+from skimp.cost.work import arithmetic
+from skimp.meter.work import engine_threads, spec_work
 
 if TYPE_CHECKING:
     from skimp.engine import Engine
+    from skimp.formats.weight import WeightFormat
     from skimp.model.spec import ModelSpec
 
-_FORMAT = 4  # of the file; raise it whenever what is measured changes
+_FORMAT = 5  # of the file; raise it whenever what is measured changes
 _ROWS = (1, 4, 8, 16, 32, 64)
 _PREFILL = (128, 512)
 _WALKS = (4, 16, 64)  # sequences whose caches fit a processor's cache, or do not
@@ -49,14 +54,23 @@ def engine_hardware(engine: Engine) -> Hardware:
         backend=engine.backend_name,
         threads=engine_threads(engine),
         deterministic=engine.options.deterministic,
+        formats=[m.format for m in engine.work.matrices if m.format is not None],
     )
 
 
 def calibrated(
-    *, dtype: str, device: str, backend: str, threads: int, deterministic: bool = False
+    *,
+    dtype: str,
+    device: str,
+    backend: str,
+    threads: int,
+    deterministic: bool = False,
+    formats: Iterable[WeightFormat] = (),
+    measure: bool = True,
 ) -> Hardware:
     """The machine at hand with the engine's own rates and overheads, from an earlier calibration
-    if there is one. A GPU is taken from the table."""
+    if there is one. A GPU is taken from the table. Without ``measure`` only what is known already
+    is used."""
     import torch
 
     import skimp
@@ -66,11 +80,23 @@ def calibrated(
         return hardware
     key = (
         _FORMAT, skimp.__version__, torch.__version__, cpu_model(), threads, dtype, backend,
-        deterministic, _isa(backend),
+        deterministic, _kernels(backend),
     )  # fmt: skip
-    path = cache_dir() / f"engine-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+
+    def path(*more: str) -> Path:
+        digest = hashlib.sha256(repr((*key, *more)).encode()).hexdigest()[:16]
+        return cache_dir() / f"engine-{digest}.json"
+
     options = {"backend": backend, "threads": threads, "deterministic": deterministic}
-    return kept(path, lambda: measure_engine(hardware, dtype=dtype, options=options))
+    if not (measure or path().exists()):
+        return hardware
+    found = kept(path(), lambda: measure_engine(hardware, dtype=dtype, options=options))
+    for name, form in {arithmetic(form): form for form in formats}.items():
+        if measure or path(name).exists():
+            probed = kept(path(name), partial(measure_format, found, form, dtype, options))
+            rates = {**found.matrix_tflops, name: probed.matrix_tflops[name]}
+            found = replace(found, matrix_tflops=rates)
+    return found
 
 
 def measure_engine(hardware: Hardware, *, dtype: str, options: dict[str, Any]) -> Hardware:
@@ -96,15 +122,23 @@ def measure_engine(hardware: Hardware, *, dtype: str, options: dict[str, Any]) -
         logit_s=logit,
     )
     bare = replace(hardware, overheads=overheads)
-    wide = _spec(layers=3, hidden=512, inner=2048, heads=8, vocab=512)
-    with _Probe(wide, dtype, options) as probe:
-        rates = [(n, probe.matrix_rate(bare, n)) for n in _ROWS]
-        rates += [(n, probe.prefill_rate(bare, n)) for n in _PREFILL]
-        matrix: Curve = tuple((float(n), rate) for n, rate in rates)
+    with _Probe(_wide(), dtype, options) as probe:
+        matrix = probe.matrix_curve(bare)
         bare = replace(bare, matrix_tflops={**bare.matrix_tflops, dtype: matrix})
         bare = replace(bare, attention_tflops=probe.attention_rate(bare))
         walks = tuple(probe.cache_rate(bare, batch) for batch in _WALKS)
         return replace(bare, attention_curve=walks)
+
+
+def measure_format(
+    hardware: Hardware, form: WeightFormat, dtype: str, options: dict[str, Any]
+) -> Hardware:
+    """``hardware``, which knows its overheads, with the rate of products in ``form``."""
+    wide = _wide()
+    matrices = [m.name for m in spec_work(wide, dtype).matrices if not m.head]
+    with _Probe(replace(wide, formats=dict.fromkeys(matrices, form)), dtype, options) as probe:
+        curve = probe.matrix_curve(hardware)
+    return replace(hardware, matrix_tflops={**hardware.matrix_tflops, arithmetic(form): curve})
 
 
 class _Probe:
@@ -152,6 +186,12 @@ class _Probe:
 
         return min(time_prefill(self.engine, self.prompts(1, context)) for _ in range(repeat))
 
+    def matrix_curve(self, hardware: Hardware) -> Curve:
+        """(rows, TFLOP/s) from one row to a long prompt."""
+        rates = [(n, self.matrix_rate(hardware, n)) for n in _ROWS]
+        rates += [(n, self.prefill_rate(hardware, n)) for n in _PREFILL]
+        return tuple((float(n), rate) for n, rate in rates)
+
     def matrix_rate(self, hardware: Hardware, batch: int) -> float:
         """TFLOP/s that explain a step of ``batch`` rows once the overheads are taken off."""
         steps = [SequenceStep(context=_SHORT)] * batch
@@ -189,6 +229,11 @@ class _Probe:
         return flops / left / 1e12
 
 
+def _wide() -> ModelSpec:
+    """Matrices large enough that products are most of a step."""
+    return _spec(layers=3, hidden=512, inner=2048, heads=8, vocab=512)
+
+
 def _spec(
     *,
     layers: int,
@@ -220,9 +265,13 @@ def _spec(
     )
 
 
-def _isa(backend: str) -> str:
+def _kernels(backend: str) -> str:
+    """The native kernels' instruction set and a hash of their file: other kernels, other rates."""
     if backend != "native":
         return ""
     from skimp.kernels.native.library import library
 
-    return str(library().isa())
+    kernels = library()
+    file = kernels.__file__
+    assert file is not None
+    return f"{kernels.isa()} {hashlib.sha256(Path(file).read_bytes()).hexdigest()}"

@@ -6,7 +6,8 @@ A case is a batch and a context. One round of it:
 2. The same prompts come again (the prefix tree makes their second prefill cheap; without one they
    are simply computed again). Once every sequence is generating, whole steps are timed one by one.
 
-Rounds of all cases are interleaved, so that a slow minute of a shared machine hits every case.
+Rounds of all cases, and of all engines that are compared, are interleaved, so that a slow minute
+of a shared machine hits them alike.
 Random prompts would flatter or ruin speculation, whose speed depends on the text; here no token is
 drafted and the time of a step does not depend on which tokens it reads.
 """
@@ -67,6 +68,8 @@ class SpeedResult:
     rounds: int
     samples: int
     contexts: tuple[int, ...]
+    round_ms: tuple[float, ...]
+    first_token_ms: float  # until every prompt of the batch has its first token
     bytes_per_step: float
     bandwidth_gb_s: float
     limit_ms: float
@@ -97,6 +100,7 @@ class SpeedResult:
             "predicted_prefill_tokens_per_s": self.predicted_prefill_tokens_per_s,
             "achieved_gb_s": self.bytes_per_step / self.ms_per_step / 1e6,
             "bound": self.bound,
+            "first_token_ms": self.first_token_ms,
             "spread": self.spread,
             "prefill_spread": self.prefill_spread,
             "rounds": self.rounds,
@@ -122,22 +126,42 @@ def bench(
 
     Raises ValueError if a case does not fit the engine's context or batch.
     """
+    return bench_together([engine], cases, [hardware], rounds=rounds, seed=seed, progress=progress)[
+        0
+    ]
+
+
+def bench_together(
+    engines: Sequence[Engine],
+    cases: Sequence[Case],
+    hardware: Sequence[Hardware],
+    *,
+    rounds: int = 5,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[list[SpeedResult]]:
+    """Like :func:`bench` for several engines, each case's rounds going through all of them, every
+    other round in reverse. ``hardware`` is one machine an engine: the machine as it uses it."""
     if rounds < 1:
         raise ValueError(f"rounds: at least 1, not {rounds}")
     if not cases:
         raise ValueError("batch: no case to time")
     rng = random.Random(seed)
-    measured: list[list[Round]] = [[] for _ in cases]
+    measured: list[list[list[Round]]] = [[[] for _ in cases] for _ in engines]
+    order = list(range(len(engines)))
     for index in range(rounds + 1):
-        for case, found in zip(cases, measured):
+        for place, case in enumerate(cases):
             if progress is not None:
                 what = "warm-up" if index == 0 else f"round {index} of {rounds}"
                 progress(f"batch {case.batch}, context {case.context}: {what}")
-            result = _round(engine, case, rng)
-            if index:
-                found.append(result)
-    work = engine.work
-    return [_result(engine, work, hardware, c, r) for c, r in zip(cases, measured)]
+            for which in order[::-1] if index % 2 else order:
+                result = _round(engines[which], case, rng)
+                if index:
+                    measured[which][place].append(result)
+    return [
+        [_result(engine, engine.work, machine, c, r) for c, r in zip(cases, found)]
+        for engine, machine, found in zip(engines, hardware, measured)
+    ]
 
 
 def random_prompt(rng: random.Random, vocab_size: int, length: int) -> list[int]:
@@ -227,6 +251,8 @@ def _result(
         rounds=len(rounds),
         samples=sum(len(r.step_s) for r in rounds),
         contexts=contexts,
+        round_ms=tuple(medians),
+        first_token_ms=statistics.median(r.prefill_s for r in rounds) * 1e3,
         bytes_per_step=cost.bytes_read,
         bandwidth_gb_s=hardware.limit_bandwidth(cost),
         limit_ms=hardware.limit_s(cost) * 1e3,

@@ -1,0 +1,165 @@
+"""``skimp price``: what changed models lose against their base, and what they gain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from skimp.cli import options as opt
+
+if TYPE_CHECKING:
+    from skimp.engine.options import EngineOptions
+
+
+def price(
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model that the others are held against.")
+    ],
+    outs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="OUT...",
+            help="Models made from it; MODEL@option=value,... sets an engine option of one.",
+        ),
+    ],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            "--text", help="UTF-8 text file; the packaged one by default.", metavar="FILE"
+        ),
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Score only the beginning, e.g. 200k.", metavar="BYTES")
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(help="Longest window of text; what fits by default.", metavar="TOKENS"),
+    ] = None,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(help="Sequences at once: 1,8,32; repeatable.", metavar="N[,N...]"),
+    ] = None,
+    context: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt tokens: 128,1k; repeatable.", metavar="N[,N...]"),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Steps timed a round.", metavar="N")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds, models in turn.", metavar="N")] = 5,
+    dtype: opt.DType = "auto",
+    device: opt.Device = "cpu",
+    threads: opt.Threads = None,
+    backend: opt.Backend = "auto",
+    seed: Annotated[int, typer.Option(help="Of prompts and intervals.", metavar="N")] = 0,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the table as Markdown too.", metavar="FILE")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with charts too.", metavar="FILE")
+    ] = None,
+    json_output: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Price models against their base: loss, bytes, and speed measured beside its prediction.
+
+    The loss is bits per byte above the base's on the same text; a row whose 95 % interval holds
+    zero is inside the noise. Speed is measured in rounds that go through all models in turn, all
+    loaded at once.
+
+    \b
+    Examples:
+      skimp price tales ./tales-int4
+      skimp price ./model ./int8 ./int4 --batch 1,8,32 --html price.html
+    """
+    from skimp.cli.evaluate import read_text
+    from skimp.cli.models import load_engine, model_spec
+    from skimp.cli.output import note, print_json, progress_text
+    from skimp.cost.machine import busy_note
+    from skimp.meter.calibrate import engine_hardware
+    from skimp.meter.price import Candidate
+    from skimp.meter.price import price as run
+    from skimp.meter.report import as_markdown, as_text, write_html
+    from skimp.meter.report.html import require_charts
+    from skimp.meter.speed import Case
+    from skimp.model.locate import locate_model
+
+    batches = opt.parse_counts(batch or ["1"], "batch")
+    contexts = opt.parse_counts(context or ["128"], "context")
+    cases = [Case(batch=b, context=c, new_tokens=new_tokens) for b in batches for c in contexts]
+    longest = None if window is None else opt.parse_count(window, "window")
+    limit = None if max_bytes is None else opt.parse_count(max_bytes, "max_bytes")
+    if rounds < 1:
+        raise ValueError(f"rounds: at least 1, not {rounds}")
+    content = read_text(text)
+    if html is not None:
+        require_charts()
+    given = {
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+        "backend": backend,
+        "max_batch": max(2, *batches),
+    }
+    planned: list[tuple[str, str, EngineOptions]] = []
+    for entry in [base, *outs]:
+        model, changes = split_entry(entry)
+        planned.append((entry, model, opt.engine_options(**{**given, **changes})))
+        positions = model_spec(model).max_positions
+        if max(contexts) + new_tokens + 1 > positions:
+            raise ValueError(
+                f"context: {max(contexts)} and {new_tokens} new tokens do not fit the "
+                f"{positions} positions of {model}"
+            )
+    candidates = []
+    with progress_text(not (quiet or json_output)) as progress:
+        for entry, model, options in planned:
+            progress(f"loading {entry}")
+            engine = load_engine(model, options)
+            candidates.append(Candidate(name=entry, directory=locate_model(model), engine=engine))
+        progress("measuring the machine")
+        hardware = [engine_hardware(candidate.engine) for candidate in candidates]
+        found = run(
+            candidates,
+            content,
+            cases,
+            hardware,
+            rounds=rounds,
+            context=longest,
+            max_bytes=limit,
+            seed=seed,
+            progress=progress,
+        )
+    if markdown is not None:
+        markdown.write_text(as_markdown(found), encoding="utf-8")
+    if html is not None:
+        write_html(found, html)
+    if json_output:
+        print_json(found.as_dict())
+    else:
+        print(as_text(found))
+    if (warning := busy_note()) is not None:
+        note(f"note: {warning}")
+
+
+def split_entry(entry: str) -> tuple[str, dict[str, Any]]:
+    """``MODEL@option=value,...`` as the model and its engine options; an entry without options, or
+    a directory of that very name, is a model. ValueError names a wrong option."""
+    from dataclasses import fields
+
+    from skimp.engine.options import EngineOptions
+
+    model, at, listed = entry.rpartition("@")
+    if not at or "=" not in listed or Path(entry).expanduser().is_dir():
+        return entry, {}
+    known = {field.name for field in fields(EngineOptions)}
+    found: dict[str, Any] = {}
+    for part in listed.split(","):
+        name, _, value = part.partition("=")
+        if name not in known:
+            raise ValueError(f"{name}: not an option of the engine ({', '.join(sorted(known))})")
+        if not value:
+            raise ValueError(f"{name}: no value in {entry!r}")
+        flags: dict[str, Any] = {"true": True, "false": False}
+        found[name] = int(value) if value.isdecimal() else flags.get(value, value)
+    return model, found

@@ -1,0 +1,198 @@
+"""The price of shortcuts: what each changed model loses against its base, and what it gains.
+
+Quality is read over one text, each model in one pass with the base; speed in rounds that go
+through all models in turn. The predicted gain comes from the same cost model for
+all of them, and stands beside the measured one.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from skimp.cost import Hardware, step_cost, uniform
+from skimp.meter.divergence import Comparison, compare_quality
+from skimp.meter.quality import QualityResult
+from skimp.meter.speed import Case, SpeedResult, bench_together
+
+if TYPE_CHECKING:
+    from skimp.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A loaded model, by the name its row shall have."""
+
+    name: str
+    directory: Path
+    engine: Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """A case's speed beside the base's: tokens a second, as a ratio. ``spread`` is that of the
+    ratio over the rounds, (largest - smallest) / median."""
+
+    result: SpeedResult
+    gain: float
+    predicted: float
+    spread: float
+
+    def as_dict(self) -> dict[str, Any]:
+        found = self.result.as_dict()
+        first = {
+            "batch": found.pop("batch"),
+            "context": found.pop("context"),
+            "tokens_per_s": found.pop("tokens_per_s"),
+            "gain": self.gain,
+            "predicted_gain": self.predicted,
+            "gain_spread": self.spread,
+        }
+        return first | found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model's line of the table; the base has no ``comparison``."""
+
+    name: str
+    disk_bytes: int
+    resident_weight_bytes: float
+    weight_bytes_per_token: float
+    cache_bytes_per_token: int
+    quality: QualityResult
+    comparison: Comparison | None
+    speed: tuple[Gain, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The base's loss and divergence are 0 of themselves: it was not read twice."""
+        quality, found = self.quality, self.comparison
+        none = [0.0, 0.0]
+        first = self.speed[0].result
+        return {
+            "name": self.name,
+            "disk_bytes": self.disk_bytes,
+            "resident_weight_bytes": round(self.resident_weight_bytes),
+            "weight_bytes_per_token": round(self.weight_bytes_per_token),
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+            "bits_per_byte": quality.bits_per_byte,
+            "ci95": list(quality.ci95),
+            "loss": 0.0 if found is None else found.paired.bits_per_byte,
+            "loss_ci95": none if found is None else list(found.paired.ci95),
+            "inside_noise": found is None or found.paired.inside_noise,
+            "kl": 0.0 if found is None else found.divergence.kl,
+            "kl_ci95": none if found is None else list(found.divergence.ci95),
+            "top1": 1.0 if found is None else found.divergence.top1,
+            "tokens": quality.tokens,
+            "text_bytes": quality.bytes,
+            "window": quality.context,
+            "device": first.device,
+            "dtype": first.dtype,
+            "speed": [gain.as_dict() for gain in self.speed],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """The table: the base, and a row for each changed model."""
+
+    base: Row
+    rows: tuple[Row, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"base": self.base.as_dict(), "rows": [row.as_dict() for row in self.rows]}
+
+
+def price(
+    candidates: Sequence[Candidate],
+    text: str,
+    cases: Sequence[Case],
+    hardware: Sequence[Hardware],
+    *,
+    rounds: int = 5,
+    context: int | None = None,
+    max_bytes: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> Price:
+    """Measure ``candidates``, the base first, each on the machine as its engine uses it.
+
+    Raises ValueError if models cannot be compared or a case does not fit.
+    """
+    base, *others = (candidate.engine for candidate in candidates)
+    if not others:
+        raise ValueError("OUT: name at least one model to hold against the base")
+    if context is None:
+        context = min(candidate.engine.max_context for candidate in candidates) - 1
+
+    def teller(name: str) -> Callable[[int, int], None] | None:
+        if progress is None:
+            return None
+        return lambda done, total: progress(f"scoring {name}: document {done} of {total}")
+
+    compared = [
+        compare_quality(
+            base,
+            candidate.engine,
+            text,
+            context=context,
+            max_bytes=max_bytes,
+            seed=seed,
+            progress=teller(candidate.name),
+        )
+        for candidate in candidates[1:]
+    ]
+    speed = bench_together(
+        [base, *others], cases, hardware, rounds=rounds, seed=seed, progress=progress
+    )
+    qualities = [compared[0].base, *(found.other for found in compared)]
+    rows = [
+        _row(candidate, quality, comparison, gains(speed[0], results))
+        for candidate, quality, comparison, results in zip(
+            candidates, qualities, [None, *compared], speed
+        )
+    ]
+    return Price(base=rows[0], rows=tuple(rows[1:]))
+
+
+def gains(base: Sequence[SpeedResult], results: Sequence[SpeedResult]) -> tuple[Gain, ...]:
+    """Each case's gain over the base. Rounds are paired: both ran within one round."""
+    found = []
+    for old, new in zip(base, results):
+        ratios = [a / b for a, b in zip(old.round_ms, new.round_ms)]
+        found.append(
+            Gain(
+                result=new,
+                gain=new.tokens_per_s / old.tokens_per_s,
+                predicted=old.predicted_ms / new.predicted_ms,
+                spread=(max(ratios) - min(ratios)) / statistics.median(ratios),
+            )
+        )
+    return tuple(found)
+
+
+def disk_bytes(directory: Path) -> int:
+    """Bytes of the files of a model's directory."""
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def _row(
+    candidate: Candidate,
+    quality: QualityResult,
+    comparison: Comparison | None,
+    speed: tuple[Gain, ...],
+) -> Row:
+    work = candidate.engine.work
+    return Row(
+        name=candidate.name,
+        disk_bytes=disk_bytes(candidate.directory),
+        resident_weight_bytes=work.resident_weight_bytes,
+        weight_bytes_per_token=step_cost(work, uniform(1, 1)).weight_bytes,
+        cache_bytes_per_token=work.cache_bytes_per_token,
+        quality=quality,
+        comparison=comparison,
+        speed=speed,
+    )
