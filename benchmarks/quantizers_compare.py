@@ -263,8 +263,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"# Quantizers on {result['model']}, groups of {result['group_size']}",
         "",
-        f"{result['calibration_windows']} calibration and {result['evaluation_windows']} evaluation "
-        f"windows of {result['window_tokens']} tokens, the same for all; weights judged in float32; "
+        f"{result['calibration_windows']} calibration and {result['evaluation_windows']} evaluation"
+        f" windows of {result['window_tokens']} tokens, the same for all; weights in float32; "
         "95 % intervals from a bootstrap over windows. "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
         + ".",
