@@ -100,11 +100,13 @@ void decode_bf16(const LowSpan& span, const uint8_t* panels, int64_t panel_strid
   for (int p = 0; p < span.num_panels; ++p) {
     const uint8_t* w = panels + p * panel_stride;
     char* to = static_cast<char*>(out) + p * out_stride;
-    for (int k = span.k0; k < span.k1; k += LOW_ALIGN / 2, w += 64, to += 128) {
-      const __m512i line = _mm512_loadu_si512(w);
-      _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
-      _mm512_storeu_si512(to, Fp8Pairs::take<0>(line));
-      _mm512_storeu_si512(to + 64, Fp8Pairs::take<1>(line));
+    for (int k = span.k0; k < span.k1; k += LOW_ALIGN, to += 256) {
+      for (int n = 0; n < 2; ++n, w += 64) {
+        const __m512i line = _mm512_loadu_si512(w);
+        _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
+        _mm512_storeu_si512(to + n * 64, Fp8Pairs::take<0>(line));
+        _mm512_storeu_si512(to + n * 64 + 128, Fp8Pairs::take<1>(line));
+      }
     }
   }
 }

@@ -171,17 +171,18 @@ void decode_pairs(const LowSpan& span, const uint8_t* panels, int64_t panel_stri
       for (int n = 0; n < Reader::LINES; ++n, w += 64) {
         const __m512i line = _mm512_loadu_si512(w);
         _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
-        const auto store = [&](__m512i weights) __attribute__((always_inline)) {
-          _mm512_storeu_si512(to, _mm512_sub_epi16(weights, zero));
-          to += 64;
+        const auto store = [&](int i, __m512i weights) __attribute__((always_inline)) {
+          _mm512_storeu_si512(to + (n + Reader::LINES * i) * 64,
+                              _mm512_sub_epi16(weights, zero));
         };
-        store(Reader::template take<0>(line));
-        store(Reader::template take<1>(line));
+        store(0, Reader::template take<0>(line));
+        store(1, Reader::template take<1>(line));
         if constexpr (Reader::LINE_VECTORS == 4) {
-          store(Reader::template take<2>(line));
-          store(Reader::template take<3>(line));
+          store(2, Reader::template take<2>(line));
+          store(3, Reader::template take<3>(line));
         }
       }
+      to += 256;
     }
   }
 }

@@ -4,7 +4,7 @@
 // A reader has: LINE_VECTORS, operands that a 64-byte line holds; LINES to every 8 inputs;
 // FROM_MEMORY, whether lines come from far; OFFSET, whether the stored numbers have one; and
 // take<i>(line), operand i. An operand meets four bytes of a row, LINES * LINE_VECTORS of them
-// to every 8 inputs, in order.
+// to every 8 inputs: operand i of line n the (n + LINES * i)th.
 #pragma once
 #include <immintrin.h>
 
@@ -64,7 +64,7 @@ SKIMP_FORCE void operand(const char* x, int64_t x_stride, const __m512i (&line)[
       sum[I % C][r][p] = Reader::Product::add(sum[I % C][r][p], weights[p], value);
   }
   if constexpr (I + 1 < Reader::LINE_VECTORS)
-    operand<Reader, R, P, C, I + 1>(x + 4, x_stride, line, sum);
+    operand<Reader, R, P, C, I + 1>(x + Reader::LINES * 4, x_stride, line, sum);
 }
 
 // R rows by P panels over a span, block after block.
@@ -116,7 +116,7 @@ int micro(const Tile& t) {
           if constexpr (Reader::FROM_MEMORY)
             _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
         }
-        operand<Reader, R, P, C, 0>(x + n * Reader::LINE_VECTORS * 4, t.x_stride, line, sum);
+        operand<Reader, R, P, C, 0>(x + n * 4, t.x_stride, line, sum);
         w += 64;
       }
       x += VECTORS * 4;
