@@ -15,7 +15,7 @@ from skimp.model.spec import Activation
 
 needs_native = pytest.mark.skipif(not native.available(), reason="native kernels are not built")
 
-LEVELS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
+LEVELS = ["scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
 # What this CPU can run; the rest is skipped, not passed over in silence.
 BEST = LEVELS.index(library().best_isa()) if native.available() else -1
 ISAS = [

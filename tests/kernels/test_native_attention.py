@@ -19,7 +19,7 @@ if not native.available():
 from skimp.kernels.native import structs
 from skimp.kernels.native.library import instruction_set, library
 
-ISAS = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
+ISAS = ["scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"]
 ISAS = ISAS[: ISAS.index(library().best_isa()) + 1]
 F32_ISAS = [isa for isa in ISAS if isa in ("scalar", "avx2", "avx512")]
 BLOCK = 16  # tokens whose keys, or values, lie together in a page

@@ -13,12 +13,13 @@ from skimp.kernels.native.library import (
     instruction_set,
     set_threads,
 )
-from skimp.kernels.native.matrix import PackedMatrix
+from skimp.kernels.native.matrix import PackedMatrix, PackedStack
 from skimp.kernels.native.program import NativeOps, Program
 
 __all__ = [
     "NativeOps",
     "PackedMatrix",
+    "PackedStack",
     "Program",
     "advise_huge",
     "available",

@@ -13,7 +13,7 @@ from torch import Tensor
 from skimp.kernels.native import matrix as packed
 from skimp.kernels.native import structs
 from skimp.kernels.native.library import library
-from skimp.kernels.native.matrix import PackedMatrix
+from skimp.kernels.native.matrix import PackedMatrix, PackedStack
 from skimp.kernels.native.workspace import Workspace
 from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
 from skimp.model.layers import Linear, RMSNorm
@@ -89,12 +89,13 @@ class NativeOps:
     Results are buffers of the program: of ``max_rows`` rows (logits: ``max_logits``), valid from
     one run to the next for as long as someone holds them. ``matmul`` with a residual and
     ``add_norm`` work in place. Products are float32, except gated ones and attention's output,
-    which are in the weights' dtype, ready for the next product.
+    which are in the weights' dtype, ready for the next product. Of low-bit weights that is the
+    dtype they came to be computed in: the ops', or else that of the norm or the rows before them.
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
-        """``dtype`` of packed weights: float32 or bfloat16; None: as the checkpoint has them,
-        float16 as float32."""
+        """``dtype`` of packed dense weights: float32 or bfloat16; None: as the checkpoint has
+        them, float16 as float32."""
         library()
         if dtype is not None and dtype not in structs.DTYPES:
             raise ValueError(f"native kernels hold float32 or bfloat16 weights, not {dtype}")
@@ -119,20 +120,17 @@ class NativeOps:
         assert self._program is not None, "NativeOps runs only inside capture()"
         return self._program
 
-    def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> PackedMatrix:
-        weight = linears[0].weight
-        assert weight is not None, "this matrix was packed before"
-        dtype = self.dtype
-        if dtype is None:
-            dtype = weight.dtype if weight.dtype in structs.DTYPES else torch.float32
-        return packed.pack(linears, layout, dtype)
+    def pack(
+        self, linears: Sequence[Linear], layout: PackLayout = "stack"
+    ) -> PackedMatrix | PackedStack:
+        return packed.pack(linears, layout, self.dtype)
 
     def embed(self, step: StepInputs, table: PackedMatrix, scale: float) -> Tensor:
         program = self.program
         out = program.workspace.empty(program.max_rows, table.in_features, torch.float32)
         _check_ints(step.token_ids, program.max_rows, "token_ids")
         op = structs.EmbedOp(
-            head=structs.OpHeader(structs.EMBED, structs.DTYPES[table.dtype]),
+            head=structs.OpHeader(structs.EMBED, structs.DTYPES.get(table.dtype, structs.F32)),
             ids=step.token_ids.data_ptr(),
             table=table.panels.data_ptr(),
             out=out.data_ptr(),
@@ -140,6 +138,7 @@ class NativeOps:
             dim=table.in_features,
             panels=1,
             scale=scale,
+            low=table.low_struct,
         )
         program.append(op, step.token_ids, table)
         return out
@@ -147,20 +146,35 @@ class NativeOps:
     def matmul(
         self,
         x: Tensor,
-        matrix: PackedMatrix,
+        matrix: PackedMatrix | PackedStack,
         *,
         norm: RMSNorm | None = None,
         activation: Activation | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         program = self.program
-        dtype = matrix.dtype if activation is not None else torch.float32
+        dtype = torch.float32
+        if activation is not None:
+            dtype = self._compute_dtype(matrix.parts[0], x, norm)
         if residual is not None:
             out = residual
         else:
             out = program.workspace.empty(program.max_rows, matrix.out_features, dtype)
-        self._product(x, matrix, out, norm=norm, activation=activation, residual=residual)
+        first = 0
+        for part in matrix.parts:
+            columns = slice(first, first + part.out_features)
+            added = None if residual is None else residual[:, columns]
+            self._product(
+                x, part, out[:, columns], norm=norm, activation=activation, residual=added
+            )
+            first = columns.stop
         return out
+
+    def _compute_dtype(self, matrix: PackedMatrix, x: Tensor, norm: RMSNorm | None) -> torch.dtype:
+        if matrix.low is None:
+            return matrix.dtype
+        dtype = self.dtype or (x.dtype if norm is None else norm.weight.dtype)
+        return dtype if dtype in structs.DTYPES else torch.float32
 
     def logits(
         self,
@@ -196,8 +210,9 @@ class NativeOps:
         _check_rows(x, matrix.in_features)
         _check_rows(out, matrix.out_features)
         factor = None if norm is None else norm.factor().detach().contiguous()
+        dtype = self._compute_dtype(matrix, x, norm)
         op = structs.MatmulOp(
-            head=structs.OpHeader(structs.MATMUL, structs.DTYPES[matrix.dtype]),
+            head=structs.OpHeader(structs.MATMUL, structs.DTYPES[dtype]),
             x=x.data_ptr(),
             norm_factor=_address(factor),
             row_index=_address(logit_rows),
@@ -217,9 +232,10 @@ class NativeOps:
             count=0 if logit_rows is None else 1,
             norm_eps=0.0 if norm is None else norm.eps,
             softcap=softcap or 0.0,
+            low=matrix.low_struct,
         )
         rows = program.max_rows if logit_rows is None else program.max_logits
-        program.shared_scratch(op, rows * (4 * matrix.in_features + 512))
+        program.shared_scratch(op, rows * (5 * matrix.in_features + 512))
         program.append(op, matrix, factor, logit_rows, *program.external(x, out))
 
     def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:

@@ -12,9 +12,13 @@ F32, BF16 = 0, 1
 EMBED, NORM, MATMUL, ROPE_APPEND, ATTEND, PACK = 1, 2, 3, 4, 5, 6
 PANEL = 16  # outputs to a panel of packed weights
 K_ALIGN = 32  # inputs of bfloat16 panels are padded to a multiple of this
+LOW_ALIGN = 8  # and those of low-bit panels to a multiple of this
+INT4, INT8, FP8 = 1, 2, 3  # kinds of low-bit panels; 0: dense
 
 DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
 SOURCE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LOW_KINDS = {("int", 4): INT4, ("int", 8): INT8, ("float", 8): FP8}
+ROUNDINGS = {None: 0, "int8": 1, "fp8": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
@@ -34,6 +38,13 @@ class RowMeta(ctypes.Structure):
     )
 
 
+class LowBit(ctypes.Structure):
+    _fields_ = _fields(
+        (c_void_p, "scales zeros"),
+        (c_int32, "kind rounding scale_dtype group groups"),
+    )
+
+
 class EmbedOp(ctypes.Structure):
     _fields_ = _fields(
         (OpHeader, "head"),
@@ -41,6 +52,7 @@ class EmbedOp(ctypes.Structure):
         (c_int64, "table_stride out_stride"),
         (c_int32, "dim panels"),
         (c_float, "scale"),
+        (LowBit, "low"),
     )
 
 
@@ -61,6 +73,7 @@ class MatmulOp(ctypes.Structure):
         (c_int64, "x_stride residual_stride out_stride"),
         (c_int32, "x_dtype out_dtype k n num_panels activation count"),
         (c_float, "norm_eps softcap"),
+        (LowBit, "low"),
     )
 
 
@@ -97,7 +110,7 @@ class PackOp(ctypes.Structure):
         (OpHeader, "head"),
         (c_void_p, "rows panels"),
         (c_int64, "row_stride"),
-        (c_int32, "rows_dtype n k first layout unpack"),
+        (c_int32, "rows_dtype n k first layout unpack low_kind"),
     )
 
 

@@ -45,8 +45,10 @@ Isa detect() {
   // F, DQ, BW, VL and the opmask and zmm state
   const uint32_t avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);
   if ((b & avx512) != avx512 || (state & 0xe6) != 0xe6) return Isa::Avx2;
+  const bool vnni = c & (1u << 11);
   const bool amx = (d & (1u << 24)) && (d & (1u << 22)) && (state & 0x60000) == 0x60000;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return Isa::Avx512;
+  if (!vnni) return Isa::Avx512;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return Isa::Avx512Vnni;
   return amx && request_amx() ? Isa::Amx : Isa::Avx512Bf16;
 }
 
@@ -58,7 +60,8 @@ Isa detect() { return Isa::Scalar; }
 
 std::atomic<int> chosen{-1};
 
-constexpr const char* NAMES[] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr const char* NAMES[] = {"scalar",     "avx2",       "avx512",
+                                 "avx512vnni", "avx512bf16", "amx"};
 
 }  // namespace
 
@@ -80,8 +83,18 @@ bool set_isa(Isa isa) {
 
 const char* isa_name(Isa isa) { return NAMES[static_cast<int>(isa)]; }
 
+bool has_vbmi() {
+#if defined(__x86_64__)
+  uint32_t a, b, c, d;
+  static const bool has = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & (1u << 1));
+  return has && best_isa() >= Isa::Avx512;
+#else
+  return false;
+#endif
+}
+
 bool parse_isa(const char* name, Isa* isa) {
-  for (int i = 0; i < 5; ++i) {
+  for (int i = 0; i < 6; ++i) {
     if (std::strcmp(name, NAMES[i]) == 0) {
       *isa = static_cast<Isa>(i);
       return true;

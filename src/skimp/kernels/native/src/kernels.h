@@ -14,6 +14,8 @@ constexpr int ACC_STRIDE = TILE_PANELS * PANEL;
 using TileFn = void (*)(const void* x, int64_t x_stride, int rows, const void* panels,
                         int64_t panel_stride, int num_panels, int k, float* acc);
 
+struct LowSpan;
+
 struct KernelSet {
   Isa isa;
   bool bf16_x;  // BF16 panels are multiplied by BF16 rows rather than by F32 ones
@@ -28,6 +30,10 @@ struct KernelSet {
                  const float* acc);
   void (*norm)(const NormOp& op, int first, int last);
   void (*embed)(const EmbedOp& op, int first, int last);
+  // For low-bit matrices (lowbit_f32.h).
+  float (*round_row)(float* row, int k, int rounding);
+  void (*decode_f32)(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
+                     int64_t out_stride);
 };
 
 const KernelSet& scalar_kernels();

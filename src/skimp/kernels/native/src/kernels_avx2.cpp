@@ -12,6 +12,7 @@ SKIMP_TARGET("avx2,fma")
 #define SKIMP_VW 8
 #define SKIMP_MAX_R 6
 #define SKIMP_MAX_SUMS 12
+#include "lowbit_f32.h"
 #include "rows.h"
 #include "tile_f32.h"
 
@@ -19,7 +20,7 @@ namespace skimp {
 
 const KernelSet& avx2_kernels() {
   static constexpr KernelSet set{Isa::Avx2, false,  tile<false>, tile<true>,
-                                 prepare,   finish, norm,        embed};
+                                 prepare,   finish, norm, embed, round_row, decode_f32};
   return set;
 }
 

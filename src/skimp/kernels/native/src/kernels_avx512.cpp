@@ -12,6 +12,7 @@ SKIMP_TARGET("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=51
 #define SKIMP_VW 16
 #define SKIMP_MAX_R 12
 #define SKIMP_MAX_SUMS 24
+#include "lowbit_f32.h"
 #include "rows.h"
 #include "tile_f32.h"
 
@@ -19,7 +20,7 @@ namespace skimp {
 
 const KernelSet& avx512_kernels() {
   static constexpr KernelSet set{Isa::Avx512, false,  tile<false>, tile<true>,
-                                 prepare,   finish, norm,        embed};
+                                 prepare,   finish, norm, embed, round_row, decode_f32};
   return set;
 }
 

@@ -15,6 +15,7 @@ SKIMP_TARGET(
 #define SKIMP_VW 16
 #define SKIMP_MAX_R 12
 #define SKIMP_MAX_SUMS 24
+#include "lowbit_f32.h"
 #include "rows.h"
 #include "tile_f32.h"
 
@@ -97,7 +98,7 @@ void tile_dpbf16(const void* x_, int64_t x_stride, int rows, const void* panels,
 
 const KernelSet& avx512bf16_kernels() {
   static constexpr KernelSet set{Isa::Avx512Bf16, true,   tile<false>, tile_dpbf16,
-                                 prepare,         finish, norm,        embed};
+                                 prepare,         finish, norm, embed, round_row, decode_f32};
   return set;
 }
 

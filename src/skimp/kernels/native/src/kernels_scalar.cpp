@@ -6,6 +6,7 @@
 #define SKIMP_VW 4
 #define SKIMP_MAX_R 4
 #define SKIMP_MAX_SUMS 16
+#include "lowbit_f32.h"
 #include "rows.h"
 #include "tile_f32.h"
 
@@ -13,7 +14,7 @@ namespace skimp {
 
 const KernelSet& scalar_kernels() {
   static constexpr KernelSet set{Isa::Scalar, false,  tile<false>, tile<true>,
-                                 prepare,     finish, norm,        embed};
+                                 prepare,     finish, norm, embed, round_row, decode_f32};
   return set;
 }
 

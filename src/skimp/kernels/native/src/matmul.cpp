@@ -3,6 +3,8 @@
 #include <cstdint>
 
 #include "kernels.h"
+#include "lowbit.h"
+#include "share.h"
 
 namespace skimp {
 namespace {
@@ -15,29 +17,6 @@ constexpr int AMX_ROWS = 7;
 // Input rows worked on together, beside the weights of a tile, stay in a second-level cache of
 // 2 MiB (the CPUs that have AMX, whose appetite this is about).
 constexpr int64_t ROWS_BYTES = 3 << 19;
-
-int divide_up(int a, int b) { return (a + b - 1) / b; }
-
-struct Range {
-  int first, last;
-};
-
-Range share(int total, int part, int parts) {
-  return {static_cast<int>(int64_t{total} * part / parts),
-          static_cast<int>(int64_t{total} * (part + 1) / parts)};
-}
-
-// How many of the threads divide the rows; the others divide the panels.
-int row_parts(int threads, int row_blocks, int units) {
-  int best = 1;
-  int64_t best_cost = INT64_MAX;
-  for (int parts = 1; parts <= std::min(threads, row_blocks); ++parts) {
-    const int64_t cost =
-        int64_t{divide_up(row_blocks, parts)} * divide_up(units, threads / parts);
-    if (cost < best_cost) best = parts, best_cost = cost;
-  }
-  return best;
-}
 
 struct Input {
   const char* data;
@@ -69,7 +48,8 @@ const KernelSet& current_kernels() {
   switch (current_isa()) {
     case Isa::Scalar: return scalar_kernels();
     case Isa::Avx2: return avx2_kernels();
-    case Isa::Avx512: return avx512_kernels();
+    case Isa::Avx512:
+    case Isa::Avx512Vnni: return avx512_kernels();
     default: return avx512bf16_kernels();
   }
 #else
@@ -81,6 +61,7 @@ void run_matmul(const void* op_, const StepInfo& step, const Team& team) {
   const auto& op = *static_cast<const MatmulOp*>(op_);
   const int rows = op.count ? step.num_logits : step.rows;
   if (rows <= 0) return;
+  if (op.low.kind != LOW_NONE) return run_low_matmul(op, rows, team);
   const KernelSet& kernels = current_kernels();
   const bool bf16_weights = op.head.dtype == BF16;
   const bool bf16_x = bf16_weights && kernels.bf16_x;
@@ -131,7 +112,9 @@ void run_matmul(const void* op_, const StepInfo& step, const Team& team) {
 
 void run_embed(const void* op, const StepInfo& step, const Team& team) {
   const Range mine = share(step.rows, team.tid, team.size);
-  current_kernels().embed(*static_cast<const EmbedOp*>(op), mine.first, mine.last);
+  const auto& embed = *static_cast<const EmbedOp*>(op);
+  if (embed.low.kind != LOW_NONE) return embed_low(embed, mine.first, mine.last);
+  current_kernels().embed(embed, mine.first, mine.last);
 }
 
 void run_norm(const void* op, const StepInfo& step, const Team& team) {

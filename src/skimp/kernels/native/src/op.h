@@ -63,6 +63,28 @@ enum Activation : int32_t { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_G
 constexpr int PANEL = 16;
 constexpr int K_ALIGN = 32;
 
+// Low-bit weights w = (q - zero) * scale lie in panels of 16 outputs too, in lines of 64 bytes:
+//   INT8, FP8  [panels][K padded to 8 / 4][16][4]   a byte a weight: q + 128, or the E4M3 bits
+//   INT4       [panels][K padded to 8 / 8][16][4]   two weights a byte, q + 8 each
+// Of every 8 inputs the 4-byte words of an output hold (0 4 1 5) and (2 6 3 7), INT4 the first
+// four in the low halves. So 16-bit lanes masked, or shifted and masked, are pairs of neighbours,
+// which is what VPDPWSSD wants, and bytes are fours for VPDPBUSD. Padding is zero.
+enum LowKind : int32_t { LOW_NONE = 0, LOW_INT4 = 1, LOW_INT8 = 2, LOW_FP8 = 3 };
+// To what the inputs are rounded, each row with its own scale: amax / 127.5 or amax / 448, as
+// compressed-tensors does it. ROUND_NONE leaves the kernels free to use 16-bit fixed point.
+enum Rounding : int32_t { ROUND_NONE = 0, ROUND_INT8 = 1, ROUND_FP8 = 2 };
+constexpr int LOW_ALIGN = 8;
+
+struct LowBit {
+  const void* scales;    // [panels][groups][16] in scale_dtype
+  const uint8_t* zeros;  // [panels][groups][16] plus 128 or 8, as the weights; null: symmetric
+  int32_t kind;          // LowKind; LOW_NONE: a dense matrix, the rest is not read
+  int32_t rounding;
+  int32_t scale_dtype;   // F32 or BF16
+  int32_t group;         // inputs that share a scale, a multiple of LOW_ALIGN
+  int32_t groups;
+};
+
 // out[row] = table[ids[row]] * scale
 struct EmbedOp {
   OpHeader head;       // dtype of the table
@@ -74,6 +96,7 @@ struct EmbedOp {
   int32_t dim;
   int32_t panels;  // 1: the table is an output matrix's panels (tied embeddings)
   float scale;
+  LowBit low;  // else than LOW_NONE only with panels
 };
 
 // out = x + y * rsqrt(mean(y^2) + eps) * factor
@@ -90,7 +113,7 @@ struct NormOp {
 
 // out = epilogue(norm(x) W), in this order: bias, gated activation, softcap, residual.
 struct MatmulOp {
-  OpHeader head;  // dtype of the weights
+  OpHeader head;  // dtype of the weights; of low-bit ones, that of the model's activations
   const void* x;  // [rows, x_stride] in x_dtype
   const float* norm_factor;    // [k] or null: x is used as it is
   const int32_t* row_index;    // row i of the product uses x[row_index[i]]; or null
@@ -98,7 +121,7 @@ struct MatmulOp {
   const float* bias;           // [16 * num_panels] in panel order, or null
   const float* residual;       // [rows, residual_stride] or null; may be out
   void* out;                   // [rows, out_stride] in out_dtype
-  void* x_scratch;             // shared, rows * prepared_row_bytes(k), for converted inputs
+  void* x_scratch;             // shared, rows * (5 k + 512) bytes, for converted inputs
   int64_t x_stride, residual_stride, out_stride;  // elements
   int32_t x_dtype, out_dtype;
   int32_t k, n;  // n: columns of out (half the packed outputs if gated)
@@ -107,6 +130,7 @@ struct MatmulOp {
   int32_t count;       // 0: StepInfo.rows rows, 1: StepInfo.num_logits
   float norm_eps;
   float softcap;  // 0: none
+  LowBit low;
 };
 
 // Copies a row-major [n, k] matrix into (or, with unpack, out of) panels. Source elements may be
@@ -122,6 +146,9 @@ struct PackOp {
   int32_t first;   // packed output that row 0 becomes (plain), or 0
   int32_t layout;  // 0 plain, 1 gate half, 2 up half
   int32_t unpack;
+  // LowKind of the panels. Rows of a low-bit matrix are bytes, as QuantizedWeight.values has
+  // them, and row_stride counts bytes.
+  int32_t low_kind;
 };
 
 // Row metadata shared by rope/append and attention; arrays live in buffers that the engine

@@ -96,6 +96,51 @@ void pack_rows(const PackOp& op, int first, int last) {
   }
 }
 
+// Where in its panel, from its output's first byte on, weight k of an output lies.
+struct LowPlace {
+  int64_t byte;
+  int shift;
+};
+
+LowPlace low_place(int kind, int64_t k) {
+  const int64_t eight = k / LOW_ALIGN;
+  const int i = k % LOW_ALIGN, pair = i / 2, half = i % 2;
+  if (kind == LOW_INT4) return {eight * 64 + half * 2 + pair / 2, pair % 2 * 4};
+  return {eight * 128 + pair % 2 * 64 + half * 2 + pair / 2, 0};
+}
+
+void pack_low_rows(const PackOp& op, int first, int last) {
+  const bool four = op.low_kind == LOW_INT4;
+  const int64_t k_padded = (int64_t{op.k} + LOW_ALIGN - 1) / LOW_ALIGN * LOW_ALIGN;
+  const int64_t panel_bytes = k_padded * PANEL / (four ? 2 : 1);
+  const uint8_t offset = op.low_kind == LOW_INT8 ? 128 : 0;
+  constexpr int K_BLOCK = 256;
+  LowPlace places[K_BLOCK];
+  for (int k0 = 0; k0 < op.k; k0 += K_BLOCK) {
+    const int count = std::min(K_BLOCK, op.k - k0);
+    for (int i = 0; i < count; ++i) places[i] = low_place(op.low_kind, k0 + i);
+    for (int row = first; row < last; ++row) {
+      const Place at = place(op, row);
+      uint8_t* panel = static_cast<uint8_t*>(op.panels) + at.panel * panel_bytes + at.lane * 4;
+      uint8_t* line = static_cast<uint8_t*>(op.rows) + row * op.row_stride;
+      for (int i = 0; i < count; ++i) {
+        uint8_t& there = panel[places[i].byte];
+        if (!four) {
+          uint8_t& here = line[k0 + i];
+          (op.unpack ? here : there) = (op.unpack ? there : here) ^ offset;
+        } else {
+          uint8_t& here = line[(k0 + i) / 2];
+          const int in = (k0 + i) % 2 * 4, out = places[i].shift;
+          if (op.unpack)
+            here |= (there >> out & 15) << in;
+          else
+            there |= (here >> in & 15) << out;
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void run_pack(const void* op_, const StepInfo&, const Team& team) {
@@ -109,7 +154,9 @@ void run_pack(const void* op_, const StepInfo&, const Team& team) {
   };
   const int begin = edge(team.tid);
   const int stop = team.tid + 1 == team.size ? op.n : edge(team.tid + 1);
-  if (op.head.dtype == BF16)
+  if (op.low_kind != LOW_NONE)
+    pack_low_rows(op, begin, stop);
+  else if (op.head.dtype == BF16)
     pack_rows<uint16_t>(op, begin, stop);
   else
     pack_rows<float>(op, begin, stop);

@@ -1,0 +1,126 @@
+// Products with fp8 weights: exact in BF16, to which they are widened by looking them up.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "lowbit.h"
+#include "target.h"
+
+SKIMP_TARGET(
+    "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,prefer-vector-width=512")
+
+#include "lowbit_avx512.h"
+
+namespace skimp {
+namespace {
+
+struct Bf16Pairs {
+  using Sum = __m512;
+  static constexpr bool EXACT = false;
+  SKIMP_FORCE Sum zero() { return _mm512_setzero_ps(); }
+  SKIMP_FORCE Sum add(Sum sum, __m512i w, __m512i x) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+  }
+  SKIMP_FORCE __m512 to_float(Sum sum) { return sum; }
+};
+
+// High and low bytes of the BF16 numbers that the 128 non-negative E4M3 ones are.
+struct Tables {
+  alignas(64) uint8_t high[128], low[128];
+};
+
+constexpr Tables make_tables() {
+  Tables tables{};
+  for (int i = 0; i < 128; ++i) {
+    const int exponent = i >> 3, mantissa = i & 7;
+    int bits = (exponent + 120) << 7 | mantissa << 4;
+    if (exponent == 0) {  // mantissa * 2^-9
+      bits = 0;
+      for (int bit = 0; bit < 3; ++bit)
+        if (mantissa >> bit & 1) bits = (127 - 9 + bit) << 7 | (mantissa << (7 - bit) & 127);
+    }
+    if (i == 127) bits = 0x7fc0;
+    tables.high[i] = static_cast<uint8_t>(bits >> 8);
+    tables.low[i] = static_cast<uint8_t>(bits & 255);
+  }
+  return tables;
+}
+
+constexpr Tables TABLES = make_tables();
+
+SKIMP_FORCE __m512i look_up(const uint8_t* table, __m512i index) {
+  return _mm512_permutex2var_epi8(_mm512_load_si512(table), index,
+                                  _mm512_load_si512(table + 64));
+}
+
+struct Fp8Pairs {
+  using Product = Bf16Pairs;
+  static constexpr int LINES = 2, LINE_VECTORS = 2;
+  static constexpr bool FROM_MEMORY = true, OFFSET = false;
+  template <int I>
+  SKIMP_FORCE __m512i take(__m512i line) {
+    constexpr __mmask64 ODD = 0xaaaaaaaaaaaaaaaaull;
+    const __m512i low = look_up(TABLES.low, line);
+    // high | (line & 0x80)
+    const __m512i high = _mm512_ternarylogic_epi32(look_up(TABLES.high, line), line,
+                                                   _mm512_set1_epi8(-128), 0xf8);
+    if constexpr (I == 0) return _mm512_mask_blend_epi8(ODD, low, _mm512_slli_epi16(high, 8));
+    return _mm512_mask_blend_epi8(ODD, _mm512_srli_epi16(low, 8), high);
+  }
+};
+
+struct DecodedBf16 {
+  using Product = Bf16Pairs;
+  static constexpr int LINES = 4, LINE_VECTORS = 1;
+  static constexpr bool FROM_MEMORY = false, OFFSET = false;
+  template <int I>
+  SKIMP_FORCE __m512i take(__m512i line) { return line; }
+};
+
+void store_bf16(const LowBit& low, float* row, int k, int k_padded, int, const LowRows& out,
+                int index) {
+  out.scale[index] =
+      low.rounding == ROUND_NONE ? 1.0f : avx512_kernels().round_row(row, k, low.rounding);
+  auto* to = reinterpret_cast<uint16_t*>(out.data + index * out.stride);
+  for (int i = 0; i < k_padded; i += 16) {
+    const int left = k - i, room = k_padded - i;
+    const auto in = static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1);
+    const auto mask = static_cast<__mmask16>(room >= 16 ? 0xffff : (1 << room) - 1);
+    const __m256bh half = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(in, row + i));
+    _mm256_mask_storeu_epi16(to + i, mask, (__m256i)half);
+  }
+}
+
+void decode_bf16(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
+                 int64_t out_stride) {
+  for (int p = 0; p < span.num_panels; ++p) {
+    const uint8_t* w = panels + p * panel_stride;
+    char* to = static_cast<char*>(out) + p * out_stride;
+    for (int k = span.k0; k < span.k1; k += LOW_ALIGN, to += 256) {
+      for (int n = 0; n < 2; ++n, w += 64) {
+        const __m512i line = _mm512_loadu_si512(w);
+        _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
+        _mm512_storeu_si512(to + n * 64, Fp8Pairs::take<0>(line));
+        _mm512_storeu_si512(to + n * 64 + 128, Fp8Pairs::take<1>(line));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const LowKernels* fp8_low_kernels() {
+  static constexpr LowKernels kernels{
+      2,           4096, 2, 12, store_bf16, decode_bf16, low_tile<Fp8Pairs>,
+      low_tile<DecodedBf16>};
+  return &kernels;
+}
+
+}  // namespace skimp
+
+SKIMP_TARGET_END
+#endif

@@ -1,0 +1,205 @@
+// The driver of products with low-bit matrices.
+//
+// Few rows are multiplied straight from the panels, which memory limits; more rows have a stretch
+// of some panels decoded first, once for all of them. Both sum the same blocks in the same order,
+// integers exactly, so a row's result does not depend on the number of rows.
+#include "lowbit.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "share.h"
+
+namespace skimp {
+namespace {
+
+constexpr int PRIVATE_ROWS = 4;  // prepared by every thread for itself, as in matmul.cpp
+constexpr int CHUNK_ROWS = 256;  // rows that share a decoded stretch
+// Bytes of a decoded stretch: with the rows' share of inputs it stays in the second-level cache.
+constexpr int64_t DECODED_BYTES = 1 << 16;
+
+int64_t low_bytes(int kind, int64_t k) { return k * PANEL / (kind == LOW_INT4 ? 2 : 1); }
+
+// ---- float32, for any instruction set ----------------------------------------------------------
+
+void store_f32(const LowBit& low, float* row, int k, int k_padded, int, const LowRows& out,
+               int index) {
+  out.scale[index] =
+      low.rounding == ROUND_NONE ? 1.0f : current_kernels().round_row(row, k, low.rounding);
+  char* to = out.data + index * out.stride;
+  std::memcpy(to, row, k * sizeof(float));
+  std::memset(to + k * sizeof(float), 0, (k_padded - k) * sizeof(float));
+}
+
+void decode_f32(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
+                int64_t out_stride) {
+  current_kernels().decode_f32(span, panels, panel_stride, out, out_stride);
+}
+
+void tile_f32(const LowSpan& span, const LowRows& x, int row, int rows, const void* weights,
+              int64_t stride, float* acc) {
+  alignas(64) float part[TILE_ROWS * ACC_STRIDE];
+  current_kernels().tile_f32(x.data + row * x.stride + span.k0 * sizeof(float),
+                             x.stride / sizeof(float), rows, weights, stride / sizeof(float),
+                             span.num_panels, span.k1 - span.k0, part);
+  for (int r = 0; r < rows; ++r)
+    for (int i = 0; i < span.num_panels * PANEL; ++i)
+      acc[r * ACC_STRIDE + i] += part[r * ACC_STRIDE + i];
+}
+
+constexpr LowKernels F32_KERNELS{4, 256, 4, 0, store_f32, decode_f32, nullptr, tile_f32};
+
+const LowKernels& choose(const MatmulOp& op) {
+#if defined(__x86_64__)
+  const Isa isa = current_isa();
+  const bool fp8 = op.low.kind == LOW_FP8;
+  if (!fp8 && isa >= Isa::Avx512Vnni)
+    if (const LowKernels* kernels = vnni_low_kernels(op.low)) return *kernels;
+  // Rounded inputs are exact in BF16, and others are what the model computes in.
+  if (fp8 && isa >= Isa::Avx512Bf16 && has_vbmi() &&
+      (op.head.dtype == BF16 || op.low.rounding != ROUND_NONE))
+    return *fp8_low_kernels();
+#endif
+  return F32_KERNELS;
+}
+
+// ---- the driver --------------------------------------------------------------------------------
+
+class Scratch {
+ public:
+  Scratch(void* data, int64_t bytes)
+      : next_(static_cast<char*>(data)), end_(next_ + bytes) {}
+  int64_t left() const { return end_ - next_; }
+  template <class T>
+  T* take(int64_t bytes) {
+    char* at = next_;
+    next_ += (bytes + 63) & ~int64_t{63};
+    return reinterpret_cast<T*>(at);
+  }
+
+ private:
+  char *next_, *end_;
+};
+
+struct Plan {
+  const LowKernels& kernels;
+  int k;  // padded
+  int block, blocks_a_group, blocks;
+};
+
+Plan plan(const MatmulOp& op, const LowKernels& kernels) {
+  const int k = divide_up(op.k, LOW_ALIGN) * LOW_ALIGN;
+  const int group = std::min(op.low.group, k);
+  const int block = std::min(group, kernels.most_block);
+  const int a_group = divide_up(group, block);
+  const int whole = (k - 1) / group;  // the last group may be short
+  return {kernels, k, block, a_group, whole * a_group + divide_up(k - whole * group, block)};
+}
+
+LowRows prepare(const MatmulOp& op, const Plan& plan, int rows, const Team& team,
+                Scratch& scratch) {
+  // An odd number of cache lines, so that the rows of a tile do not share a cache set.
+  const int64_t stride = (divide_up(plan.k * plan.kernels.row_item, 64) | 1) * 64;
+  const int64_t sums = (4 * plan.blocks + 63) & ~63, scales = (4 * rows + 63) & ~63;
+  float* wide = scratch.take<float>(4 * plan.k);
+  const bool own = rows <= PRIVATE_ROWS && rows * (stride + sums) + scales <= scratch.left();
+  char* base = own ? scratch.take<char>(rows * (stride + sums) + scales)
+                   : static_cast<char*>(op.x_scratch);
+  const LowRows out{base, stride, reinterpret_cast<float*>(base + rows * (stride + sums)),
+                    reinterpret_cast<int32_t*>(base + rows * stride), sums / 4};
+  const Range mine = own ? Range{0, rows} : share(rows, team.tid, team.size);
+  for (int row = mine.first; row < mine.last; ++row) {
+    current_kernels().prepare(op, row, row + 1, false, wide, 0, op.k);
+    plan.kernels.store_row(op.low, wide, op.k, plan.k, plan.block, out, row);
+  }
+  if (!own) team.barrier();
+  return out;
+}
+
+// The end of the stretch that begins at k: whole blocks, or the rest of the inputs.
+int stretch_end(const Plan& plan, int group, int k, int most) {
+  while (k < plan.k) {
+    const int group_end = std::min((k / group + 1) * group, plan.k);
+    const int next = std::min(k + plan.block, group_end);
+    if (most < next - k) break;
+    most -= next - k;
+    k = next;
+  }
+  return k;
+}
+
+}  // namespace
+
+void run_low_matmul(const MatmulOp& op, int rows, const Team& team) {
+  const Plan p = plan(op, choose(op));
+  const LowKernels& kernels = p.kernels;
+  Scratch scratch(team.scratch, team.scratch_bytes);
+  auto* acc = scratch.take<float>(sizeof(float) * CHUNK_ROWS * ACC_STRIDE);
+  const int64_t item = int64_t{kernels.decoded_item} * PANEL;
+  const int group = std::min(op.low.group, p.k);
+  // At least a block of every panel must fit.
+  const int most_k = item ? std::max<int>(DECODED_BYTES / TILE_PANELS / item, p.block) : p.k;
+  auto* decoded = scratch.take<char>(item * TILE_PANELS * most_k);
+  const LowRows x = prepare(op, p, rows, team, scratch);
+
+  // A unit is what one thread must have whole: a panel, or a gate panel and its up panel.
+  const int unit = op.activation == ACT_NONE ? 1 : 2;
+  const int units = op.num_panels / unit;
+  const int across = row_parts(team.size, divide_up(rows, TILE_ROWS), units);
+  const int down = team.size / across;
+  if (team.tid >= across * down) return;
+  const Range my_rows = share(rows, team.tid / down, across);
+  const Range my_units = share(units, team.tid % down, down);
+  const Range my_panels{my_units.first * unit, my_units.last * unit};
+
+  const int64_t stride = low_bytes(op.low.kind, p.k);
+  const bool direct = rows <= kernels.direct_rows || !item;
+  const auto tile = direct ? kernels.direct : kernels.tile;
+  for (int row0 = my_rows.first; row0 < my_rows.last; row0 += CHUNK_ROWS) {
+    const int count = std::min(CHUNK_ROWS, my_rows.last - row0);
+    const int tiles = divide_up(count, TILE_ROWS);
+    for (int panel = my_panels.first; panel < my_panels.last; panel += TILE_PANELS) {
+      const int panels = std::min(TILE_PANELS, my_panels.last - panel);
+      const auto* w = static_cast<const uint8_t*>(op.panels) + panel * stride;
+      std::memset(acc, 0, sizeof(float) * count * ACC_STRIDE);
+      for (int k0 = 0; k0 < p.k;) {
+        const int k1 = direct ? p.k : stretch_end(p, group, k0, most_k);
+        const LowSpan span{&op.low, panel, panels, k0, k1, p.block, p.blocks_a_group};
+        const uint8_t* from = w + low_bytes(op.low.kind, k0);
+        if (!direct) kernels.decode(span, from, stride, decoded, item * most_k);
+        for (int t = 0; t < tiles; ++t) {
+          const Range part = share(count, t, tiles);
+          tile(span, x, row0 + part.first, part.last - part.first,
+               direct ? static_cast<const void*>(from) : decoded,
+               direct ? stride : item * most_k, acc + part.first * ACC_STRIDE);
+        }
+        k0 = k1;
+      }
+      for (int r = 0; r < count; ++r)
+        for (int i = 0; i < panels * PANEL; ++i) acc[r * ACC_STRIDE + i] *= x.scale[row0 + r];
+      current_kernels().finish(op, row0, count, panel, panels, acc);
+    }
+  }
+}
+
+void embed_low(const EmbedOp& op, int first, int last) {
+  const KernelSet& kernels = current_kernels();
+  const int k = divide_up(op.dim, LOW_ALIGN) * LOW_ALIGN;
+  const int64_t stride = low_bytes(op.low.kind, k);
+  // A stretch of the row's panel is decoded, and the row's lane read.
+  constexpr int STRETCH = 64;
+  alignas(64) float panel[STRETCH * PANEL];
+  for (int row = first; row < last; ++row) {
+    const int id = op.ids[row];
+    float* out = op.out + row * op.out_stride;
+    const auto* w = static_cast<const uint8_t*>(op.table) + id / PANEL * stride;
+    for (int k0 = 0; k0 < k; k0 += STRETCH) {
+      const LowSpan span{&op.low, id / PANEL, 1, k0, std::min(k0 + STRETCH, k), 0, 0};
+      kernels.decode_f32(span, w + low_bytes(op.low.kind, k0), 0, panel, 0);
+      for (int i = k0; i < std::min(k0 + STRETCH, int(op.dim)); ++i)
+        out[i] = panel[(i - k0) * PANEL + id % PANEL] * op.scale;
+    }
+  }
+}
+
+}  // namespace skimp
