@@ -18,6 +18,8 @@ def make_app() -> typer.Typer:
     from skimp.cli.generate import generate
     from skimp.cli.info import info
     from skimp.cli.plan import plan
+    from skimp.cli.shrink import shrink
+    from skimp.cli.verify import verify
 
     app = typer.Typer(
         cls=OneLineErrors,
@@ -38,6 +40,8 @@ def make_app() -> typer.Typer:
     app.command(name="eval")(evaluate)
     app.command()(plan)
     app.command()(info)
+    app.command()(shrink)
+    app.command()(verify)
     return app
 
 

@@ -168,7 +168,9 @@ def verify(directory: Path | str, *, deep: bool = False) -> Verdict:
             damages += found
             notes += tolerated
     elif (directory / SHRINK_FILE).exists():
-        damages.append(Damage(file=MANIFEST_FILE, problem=f"missing, though {SHRINK_FILE} is there"))
+        damages.append(
+            Damage(file=MANIFEST_FILE, problem=f"missing, though {SHRINK_FILE} is there")
+        )
     else:
         notes.append(f"no {MANIFEST_FILE}: the structure was checked, not what is in the tensors")
     if not damages:

@@ -65,8 +65,9 @@ def save_checkpoint(
     under their weights' names and are written as compressed-tensors. The tokenizer's files, the
     chat template and ``generation_config.json`` are copied from ``tokenizer_files_from``;
     ``more_files`` maps names to texts. ``config.json`` gets the dtype the tensors have. The last
-    file written is a manifest of all the others, with ``about`` in it. Raises ConfigError if the family cannot express the spec,
-    CheckpointError if tensors are missing or of the wrong shape, or the directory is taken.
+    file written is a manifest of all the others, with ``about`` in it. Raises ConfigError if the
+    family cannot express the spec, CheckpointError if tensors are missing or of the wrong shape, or
+    the directory is taken.
     """
     directory = Path(directory)
     if directory.is_symlink() or (directory.exists() and not _is_empty(directory)):
@@ -93,9 +94,7 @@ def save_checkpoint(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(partial / INDEX_FILE, index)
         for name, text in (more_files or {}).items():
-            with (partial / name).open("wb") as file:
-                file.write(text.encode())
-                flush(file)
+            _write_text(partial / name, text)
         write_json(partial / CONFIG_FILE, config)
         write_manifest(partial, about or {})
     return directory
@@ -210,8 +209,12 @@ def write_tensors(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     with path.open("wb") as file:
-        file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        file.write(text.encode())
         flush(file)
 
 

@@ -7,6 +7,7 @@ of the line before and of itself, so a changed journal is told from a torn last 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -90,7 +91,7 @@ class WorkDirectory:
     it goes when its holder dies."""
 
     def __init__(self, output: Path) -> None:
-        output = Path(os.path.abspath(output))
+        output = output.absolute()
         self.path = output.parent / f".{output.name}.shrink"
         self._output = output
         self._lock = -1
@@ -116,7 +117,7 @@ class WorkDirectory:
     def _is_ours(self) -> bool:
         """Whether the locked file is still the one that others would lock."""
         try:
-            there = os.stat(self.path / LOCK)
+            there = (self.path / LOCK).stat()
         except FileNotFoundError:
             return False
         return there.st_ino == os.fstat(self._lock).st_ino
@@ -137,4 +138,5 @@ class WorkDirectory:
         """Everything, once the output is there."""
         self.clear()
         (self.path / LOCK).unlink()
-        self.path.rmdir()
+        with contextlib.suppress(OSError):  # somebody who waits for the lock has made another
+            self.path.rmdir()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -124,7 +123,7 @@ def shrink(
     from something else (which ``restart`` throws away).
     """
     assert tokens is not None or not job.calibrated
-    output = Path(os.path.abspath(output))
+    output = Path(output).absolute()
     taken = output.is_symlink() or (
         output.exists() and not (output.is_dir() and not any(output.iterdir()))
     )
@@ -142,9 +141,9 @@ def shrink(
             work.clear()
         with contextlib.closing(Journal(work.path / JOURNAL)) as journal:
             if journal.run is None:
-                work_left = [e for e in work.path.iterdir() if e.is_dir()]
-                for entry in work_left:
-                    shutil.rmtree(entry)
+                for entry in work.path.iterdir():
+                    if entry.is_dir():
+                        shutil.rmtree(entry)
                 journal.start({**run, "threads": torch.get_num_threads()})
             assert journal.run is not None
             _check_same(journal.run, run, output)
@@ -421,5 +420,3 @@ def _reproducible(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
-
-

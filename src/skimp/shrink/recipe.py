@@ -36,13 +36,13 @@ TOP: Final = ("calibration", "seed", "steps")
 class Calibration(BaseModel):
     """What steps measure activations on: ``samples`` pieces of ``tokens`` tokens each, of a
     ``text`` file, of a ``chat`` file (a JSON object with ``messages`` a line), or, by default, of
-    the text that comes with skimp."""
+    the text that comes with skimp. Without ``samples``, up to 128, as far as the text goes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: str | None = None
     chat: str | None = None
-    samples: int = Field(default=128, ge=1, le=1 << 16)
+    samples: int | None = Field(default=None, ge=1, le=1 << 16)
     tokens: int = Field(default=512, ge=8, le=1 << 20)
 
     @model_validator(mode="after")
@@ -70,9 +70,12 @@ class Recipe:
     seed: int
 
     def as_dict(self) -> dict[str, Any]:
-        """The parameters as given, in JSON (null is not always the default). Where the calibration text lies does not
-        count: the pipeline hashes what is in it."""
-        steps = [{step.kind: cast(Any, step).model_dump(mode="json", exclude_unset=True)} for step in self.steps]
+        """The parameters as given, in JSON (null is not always the default). Which calibration
+        text does not count: the pipeline hashes the tokens that came of it."""
+        steps = [
+            {step.kind: cast(Any, step).model_dump(mode="json", exclude_unset=True)}
+            for step in self.steps
+        ]
         size = {"samples": self.calibration.samples, "tokens": self.calibration.tokens}
         return {"steps": steps, "calibration": size, "seed": self.seed}
 
@@ -93,9 +96,7 @@ def load_recipe(path: Path | str, registry: Mapping[str, str] = STEPS) -> Recipe
         raise ShrinkError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
-def parse_recipe(
-    text: str, name: str, folder: Path, registry: Mapping[str, str] = STEPS
-) -> Recipe:
+def parse_recipe(text: str, name: str, folder: Path, registry: Mapping[str, str] = STEPS) -> Recipe:
     """The recipe of a text; file names in it are relative to ``folder``."""
     value = _read_yaml(text, name)
     settings: dict[str, Any] = {}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from skimp.text.tokenizer import Tokenizer
 
 MAX_TEXT: Final = 1 << 30  # bytes
+DEFAULT_SAMPLES: Final = 128
 LIKE_ITSELF: Final = 1.5  # times the divergence of the calibration text's own halves
 
 
@@ -45,14 +46,15 @@ def samples(ids: Sequence[int], calibration: Calibration, seed: int, begin: int 
 
     own = calibration.tokens - (begin is not None)
     pieces = len(ids) // own
-    if pieces < calibration.samples:
+    count = calibration.samples or max(1, min(DEFAULT_SAMPLES, pieces))
+    if pieces < count:
         raise ShrinkError(
-            f"calibration: the text has {len(ids):,} tokens, and {calibration.samples} samples of "
-            f"{calibration.tokens} need {calibration.samples * own:,}; give more text, or lower "
+            f"calibration: the text has {len(ids):,} tokens, and {count} samples of "
+            f"{calibration.tokens} need {count * own:,}; give more text, or lower "
             "calibration.samples or calibration.tokens"
         )
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(pieces, generator=generator)[: calibration.samples].sort().values
+    chosen = torch.randperm(pieces, generator=generator)[:count].sort().values
     cut = torch.tensor(ids[: pieces * own], dtype=torch.int64).view(pieces, own)[chosen]
     if begin is None:
         return cut
