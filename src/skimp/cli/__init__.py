@@ -19,6 +19,8 @@ def make_app() -> typer.Typer:
     from skimp.cli.info import info
     from skimp.cli.plan import plan
     from skimp.cli.price import price
+    from skimp.cli.shrink import shrink
+    from skimp.cli.verify import verify
 
     app = typer.Typer(
         cls=OneLineErrors,
@@ -40,6 +42,8 @@ def make_app() -> typer.Typer:
     app.command()(plan)
     app.command()(price)
     app.command()(info)
+    app.command()(shrink)
+    app.command()(verify)
     return app
 
 

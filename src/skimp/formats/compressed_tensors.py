@@ -51,7 +51,8 @@ def read_config(
     if status not in (None, "compressed"):
         raise refuse(f"quantization_status={shown(status)}: only compressed weights are read")
     groups, ignore = config.get("config_groups"), config.get("ignore") or []
-    if not isinstance(groups, dict) or not groups:
+    only_cache = groups == {} and config.get("kv_cache_scheme") is not None
+    if not isinstance(groups, dict) or not (groups or only_cache):
         raise refuse(f"config_groups must be a non-empty object, got {shown(groups)}")
     _strings("ignore", ignore)
     formats: dict[str, WeightFormat] = {}
@@ -65,7 +66,7 @@ def read_config(
             taken = ours in formats or _matches(theirs, ignore)
             if not taken and _matches(theirs, group["targets"]):
                 formats[ours] = form
-    if not formats:
+    if groups and not formats:
         raise refuse("config_groups: its targets match no matrix of this model")
     for field, value in config.items():
         known = {"config_groups", "ignore", "kv_cache_scheme"} | PROVENANCE

@@ -1,6 +1,6 @@
 """Writing a checkpoint as a standard Hugging Face directory, whole or not at all.
 
-Everything goes to a sibling directory first, ``config.json`` last, is flushed to the disk and
+Everything goes to a sibling directory first, the manifest last, is flushed to the disk and
 then renamed. A run killed half-way leaves at most a hidden directory that does not load.
 """
 
@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -27,6 +27,7 @@ from skimp.model import families
 from skimp.model.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE, inside
 from skimp.model.layers import Linear
 from skimp.model.loading import CONFIG_FILE, FLOATS, GENERATION_FILE, parameter_shapes
+from skimp.model.manifest import write_manifest
 from skimp.model.spec import ModelSpec
 
 # What travels with the weights: never code, never other exports of the weights.
@@ -54,15 +55,19 @@ def save_checkpoint(
     *,
     tokenizer_files_from: Path | str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    more_files: Mapping[str, str] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``directory``, which must not exist or be empty, and return it.
 
     ``tensors`` is a decoder or a mapping from our parameter names, read one tensor at a time (and
     more than once), so it may make them on demand; matrices in the spec's low-bit formats stand
     under their weights' names and are written as compressed-tensors. The tokenizer's files, the
-    chat template and ``generation_config.json`` are copied from ``tokenizer_files_from``.
-    ``config.json`` gets the dtype the tensors have. Raises ConfigError if the family cannot
-    express the spec, CheckpointError if tensors are missing or of the wrong shape or format, or
+    chat template and ``generation_config.json`` are copied from ``tokenizer_files_from``;
+    ``more_files`` maps names to texts. ``config.json`` gets the dtype the tensors have. The last
+    file written is a manifest of all the others, with ``about`` in it. Raises ConfigError if the
+    family cannot express the spec, CheckpointError if tensors are missing or of the wrong shape
+    or format, or
     the directory is taken.
     """
     directory = Path(directory)
@@ -88,8 +93,11 @@ def save_checkpoint(
         if len(shards) > 1:
             total = sum(piece.nbytes for piece in pieces)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            _write_json(partial / INDEX_FILE, index)
-        _write_json(partial / CONFIG_FILE, config)
+            write_json(partial / INDEX_FILE, index)
+        for name, text in (more_files or {}).items():
+            _write_text(partial / name, text)
+        write_json(partial / CONFIG_FILE, config)
+        write_manifest(partial, about or {})
     return directory
 
 
@@ -158,37 +166,57 @@ def _plan(pieces: Sequence[_Piece], shard_bytes: int) -> list[list[_Piece]]:
 def _write_shard(
     path: Path, pieces: Sequence[_Piece], tensors: Mapping[str, Tensor | QuantizedWeight]
 ) -> None:
-    """One safetensors file, a tensor at a time. Wider dtypes come first, so all are aligned."""
-    pieces = sorted(pieces, key=lambda piece: -piece.dtype.itemsize)
+    def read(piece: _Piece) -> Tensor:
+        whole = tensors[piece.name]
+        if isinstance(whole, QuantizedWeight):
+            assert piece.part is not None
+            return dict(compressed_tensors.encode(whole))[piece.part]
+        return whole
+
+    layouts = {piece.stored: (piece.dtype, piece.shape) for piece in pieces}
+    by_name = {piece.stored: piece for piece in pieces}
+    write_tensors(path, layouts, lambda name: read(by_name[name]))
+
+
+def write_tensors(
+    path: Path,
+    layouts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    read: Callable[[str], Tensor],
+) -> None:
+    """A safetensors file on the disk, written a tensor at a time. Wider dtypes come first, so all
+    are aligned; the bytes depend on the arguments alone."""
+    names = sorted(layouts, key=lambda name: -layouts[name][0].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for piece in pieces:
-        header[piece.stored] = {
-            "dtype": DTYPE_NAMES[piece.dtype],
-            "shape": list(piece.shape),
-            "data_offsets": [offset, offset + piece.nbytes],
+    for name in names:
+        dtype, shape = layouts[name]
+        end = offset + dtype.itemsize * math.prod(shape)
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
         }
-        offset += piece.nbytes
+        offset = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     with path.open("wb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        for piece in pieces:
-            whole = tensors[piece.name]
-            if isinstance(whole, QuantizedWeight):
-                assert piece.part is not None
-                whole = dict(compressed_tensors.encode(whole))[piece.part]
-            tensor = whole.detach().cpu().contiguous()
-            if (tensor.dtype, tuple(tensor.shape)) != (piece.dtype, piece.shape):
-                raise CheckpointError(f"tensor {piece.name!r} changed while it was being written")
+        for name in names:
+            tensor = read(name).detach().cpu().contiguous()
+            if (tensor.dtype, tuple(tensor.shape)) != layouts[name]:
+                raise CheckpointError(f"tensor {name!r} changed while it was being written")
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        _flush(file)
+        flush(file)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     with path.open("wb") as file:
-        file.write((json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-        _flush(file)
+        file.write(text.encode())
+        flush(file)
 
 
 def _copy_companions(source: Path, target: Path) -> None:
@@ -198,7 +226,7 @@ def _copy_companions(source: Path, target: Path) -> None:
         if (source / name).exists():
             with inside(source, name).open("rb") as read, (target / name).open("wb") as write:
                 shutil.copyfileobj(read, write)
-                _flush(write)
+                flush(write)
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor | QuantizedWeight]:
@@ -210,7 +238,8 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor | QuantizedWeight]:
     return found
 
 
-def _flush(file: BinaryIO) -> None:
+def flush(file: BinaryIO) -> None:
+    """Onto the disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -232,17 +261,17 @@ def _appearing(directory: Path) -> Iterator[Path]:
     try:
         try:
             yield partial
-            _sync_directory(partial)
+            sync_directory(partial)
             partial.rename(directory)
         except OSError as error:
             raise CheckpointError(f"{directory}: not written: {error}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync_directory(parent)
+    sync_directory(parent)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

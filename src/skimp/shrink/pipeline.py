@@ -1,0 +1,422 @@
+"""A recipe run over a model, unit by unit: resumable, bit-identical however often it is killed.
+
+Work is kept in a hidden directory beside the output: a journal, the units that the last two steps
+wrote, and the calibration activations that enter the next unit. The finished checkpoint is
+written there too and renamed to the output, so that the output is whole whenever it is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+import skimp
+from skimp.errors import CheckpointError, ShrinkError, SkimpError, shown
+from skimp.model import families
+from skimp.model.loading import CONFIG_FILE, Stored, empty_decoder, load_spec, load_stored
+from skimp.model.manifest import MANIFEST_FILE, SHRINK_FILE, file_sha256, read_manifest
+from skimp.model.saving import SHARD_BYTES, save_checkpoint, sync_directory
+from skimp.model.spec import ModelSpec
+from skimp.shrink.journal import JOURNAL, Journal, WorkDirectory
+from skimp.shrink.recipe import Recipe
+from skimp.shrink.step import Need, Run, Step, Unit, calibration_dtype, unit_names
+from skimp.shrink.units import (
+    CheckpointSource,
+    OnDemand,
+    Source,
+    UnitFiles,
+    calibration_hash,
+    check_file,
+    read_file,
+    read_unit,
+    write_file,
+)
+
+RECIPE_FILE: Final = "recipe.yaml"
+FINISHED: Final = "output"  # in the work directory
+Progress = Callable[[int, int], None]
+
+# What a run depends on, in words for the person whose second run differs from the first.
+DEPENDS: Final = {
+    "skimp": "skimp version",
+    "torch": "torch version",
+    "isa": "instruction set",
+    "model": "model",
+    "recipe": "recipe",
+    "calibration": "calibration text",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A recipe that fits a model. ``specs`` has the model's and, after it, what each step is
+    planned to make of it."""
+
+    directory: Path
+    recipe: Recipe
+    stored: Stored
+    specs: tuple[ModelSpec, ...]
+    needs: tuple[Need, ...]
+
+    @property
+    def calibrated(self) -> bool:
+        return any(need.calibration for need in self.needs)
+
+    @property
+    def visits(self) -> int:
+        """Units to be gone through, over all passes."""
+        return sum(need.passes for need in self.needs) * len(unit_names(self.specs[0]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """``resumed`` counts units that an earlier run had finished."""
+
+    output: Path
+    spec: ModelSpec
+    notes: tuple[str, ...]
+    visits: int
+    resumed: int
+
+
+def prepare(directory: Path | str, recipe: Recipe) -> Job:
+    """Check a recipe against a model, reading headers alone. Raises SkimpError."""
+    directory = Path(directory)
+    spec = load_spec(directory)
+    stored = load_stored(directory, spec, empty_decoder(spec))
+    specs, needs = [spec], []
+    for number, step in enumerate(recipe.steps, 1):
+        try:
+            needs.append(step.need(specs[-1]))
+            specs.append(step.planned_spec(specs[-1]))
+            families.to_config(specs[-1])
+        except SkimpError as error:
+            raise ShrinkError(f"{recipe.name}: step {number} ({step.kind}): {error}") from error
+    return Job(
+        directory=directory, recipe=recipe, stored=stored, specs=tuple(specs), needs=tuple(needs)
+    )
+
+
+def shrink(
+    job: Job,
+    output: Path | str,
+    *,
+    tokens: Tensor | None = None,
+    restart: bool = False,
+    progress: Progress = lambda done, total: None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Outcome:
+    """Run a job, or go on with one that was killed, and return what came out.
+
+    ``tokens`` int64 [samples, T] are needed if the job is calibrated. The same arguments on the
+    same kind of machine give the same files, bit for bit, whether or not runs were killed on the
+    way. Raises ShrinkError if ``output`` is taken, being written by another process, or half made
+    from something else (which ``restart`` throws away).
+    """
+    assert tokens is not None or not job.calibrated
+    output = Path(output).absolute()
+    taken = output.is_symlink() or (
+        output.exists() and not (output.is_dir() and not any(output.iterdir()))
+    )
+    work = WorkDirectory(output)
+    if taken and not work.path.exists():
+        raise ShrinkError(f"{output}: exists already and is not an empty directory")
+    run = _identity(job, tokens if job.calibrated else None)
+    with work:
+        if taken or (output.exists() and any(output.iterdir())):
+            if not _made_by(output, run):
+                raise ShrinkError(f"{output}: exists already and is not an empty directory")
+            work.remove()  # an earlier run was killed between its last two breaths
+            return _finished(job, output)
+        if restart:
+            work.clear()
+        with contextlib.closing(Journal(work.path / JOURNAL)) as journal:
+            if journal.run is None:
+                for entry in work.path.iterdir():
+                    if entry.is_dir():
+                        shutil.rmtree(entry)
+                journal.start({**run, "threads": torch.get_num_threads()})
+            assert journal.run is not None
+            _check_same(journal.run, run, output)
+            with _reproducible(journal.run["threads"]):
+                result = _Pipeline(job, work.path, journal, tokens, progress).run()
+            resumed = result.resumed
+            _write(job, work.path, output, journal, result, _key(run), shard_bytes)
+        progress(job.visits + 1, job.visits + 1)
+        work.remove()
+    notes = [note for notes in result.notes for note in notes]
+    return Outcome(
+        output=output,
+        spec=result.spec,
+        notes=tuple(dict.fromkeys(notes)),
+        visits=job.visits,
+        resumed=resumed,
+    )
+
+
+# ---- the passes -------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class _Result:
+    source: Source
+    spec: ModelSpec
+    notes: list[list[str]] = field(default_factory=list)  # of each step
+    resumed: int = 0
+
+
+class _Pipeline:
+    def __init__(
+        self, job: Job, work: Path, journal: Journal, tokens: Tensor | None, progress: Progress
+    ) -> None:
+        self._job, self._work, self._journal = job, work, journal
+        self._tokens, self._progress = tokens, progress
+        self._done = list(journal.entries)  # by earlier runs
+        self._visited = 0
+
+    def run(self) -> _Result:
+        result = _Result(source=CheckpointSource(self._job.stored), spec=self._job.specs[0])
+        result.resumed = len(self._done)
+        for number, step in enumerate(self._job.recipe.steps):
+            need = step.need(result.spec)
+            files = UnitFiles(self._folder(number))
+            files.folder.mkdir(exist_ok=True)
+            state: dict[str, Any] = {}
+            notes: list[str] = []
+            for index in range(need.passes):
+                last = index == need.passes - 1
+                state = self._pass(
+                    number, step, need, index, last, result.spec, result.source, files, state, notes
+                )
+            result.notes.append(notes)
+            result.spec = step.output_spec(result.spec, state)
+            result.source = files
+            if number > 0:
+                shutil.rmtree(self._folder(number - 1), ignore_errors=True)
+        return result
+
+    def _folder(self, step: int) -> Path:
+        return self._work / f"step-{step + 1:02}"
+
+    def _pass(
+        self,
+        number: int,
+        step: Step,
+        need: Need,
+        index: int,
+        last: bool,
+        spec: ModelSpec,
+        source: Source,
+        files: UnitFiles,
+        state: dict[str, Any],
+        notes: list[str],
+    ) -> dict[str, Any]:
+        """One pass of a step; the state it ends with."""
+        hidden: Tensor | None = None
+        for position, name in enumerate(unit_names(spec)):
+            at = {"step": number, "pass": index, "unit": position}
+            if self._visited < len(self._done):
+                entry = self._done[self._visited]
+                if {key: entry.get(key) for key in at} != at:
+                    raise ShrinkError(f"{self._journal.path}: units are not in order")
+                state = entry.get("state", state)
+                hidden = self._again(entry, files)
+            else:
+                run = Run(
+                    pass_index=index,
+                    state=json.loads(json.dumps(state)),
+                    tokens=self._tokens if need.calibration else None,
+                    hidden=hidden,
+                )
+                unit = Unit(name=name, index=position, spec=spec, tensors=read_unit(source, name))
+                seed = f"{self._job.recipe.seed} {number} {index} {position}"
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
+                    found = step.visit(unit, run)
+                assert (found.tensors is not None) == last, f"{step.kind}: pass {index} {name}"
+                entry = {**at, "notes": run.notes}
+                if found.tensors is not None:
+                    entry["sha256"], entry["formats"] = files.write(position, found.tensors)
+                hidden = None
+                if need.calibration and found.hidden is not None:
+                    hidden = found.hidden.to(calibration_dtype()).contiguous()
+                    entry["hidden"] = write_file(self._slot(position), {"hidden": hidden})
+                if run.state != state:
+                    entry["state"] = state = json.loads(json.dumps(run.state))
+                self._journal.add(entry)
+                del unit, found
+            notes += entry["notes"]
+            self._visited += 1
+            self._progress(self._visited, self._job.visits + 1)
+        return state
+
+    def _again(self, entry: Mapping[str, Any], files: UnitFiles) -> Tensor | None:
+        """Take over a unit of an earlier run; the activations if the next unit needs them."""
+        # Steps before the last two are used up and may be gone.
+        following = self._done[-1]["step"] + self._step_is_over()
+        if "sha256" in entry and entry["step"] >= following - 1:
+            files.check(entry["unit"], entry["sha256"])
+            files.add(entry["unit"], entry["formats"])
+        if "hidden" not in entry or entry is not self._done[-1]:
+            return None
+        path = self._slot(entry["unit"])
+        check_file(path, entry["hidden"])
+        return read_file(path)["hidden"].clone()
+
+    def _step_is_over(self) -> bool:
+        last = self._done[-1]
+        units = len(unit_names(self._job.specs[0]))
+        passes = self._job.needs[last["step"]].passes
+        return last["pass"] == passes - 1 and last["unit"] == units - 1
+
+    def _slot(self, unit: int) -> Path:
+        """Two slots, so that writing what leaves a unit spares what entered it."""
+        return self._work / f"hidden-{unit % 2}.safetensors"
+
+
+# ---- the output -------------------------------------------------------------------------------
+
+
+def _write(
+    job: Job,
+    work: Path,
+    output: Path,
+    journal: Journal,
+    result: _Result,
+    key: str,
+    shard_bytes: int,
+) -> None:
+    """Write the checkpoint within the work directory, then move it to its place at once."""
+    for entry in work.iterdir():
+        if entry.name == FINISHED or entry.name.startswith(f".{FINISHED}."):
+            shutil.rmtree(entry)
+    assert journal.run is not None
+    run = {**journal.run, "model": _without_times(journal.run["model"])}
+    steps = [
+        {"step": step.kind, "lossy": step.lossy, "notes": list(dict.fromkeys(notes))}
+        for step, notes in zip(job.recipe.steps, result.notes)
+    ]
+    kept = ("step", "pass", "unit", "sha256", "hidden")
+    units = [{k: entry[k] for k in kept if k in entry} for entry in journal.entries]
+    account = {"run": run, "steps": steps, "units": units}
+    save_checkpoint(
+        work / FINISHED,
+        result.spec,
+        OnDemand(result.source),
+        tokenizer_files_from=job.directory,
+        shard_bytes=shard_bytes,
+        more_files={
+            RECIPE_FILE: job.recipe.text,
+            SHRINK_FILE: json.dumps(account, indent=1) + "\n",
+        },
+        about={"made_by": "skimp shrink", "run": key, **run, "steps": steps},
+    )
+    try:
+        (work / FINISHED).rename(output)
+    except OSError as error:
+        raise ShrinkError(f"{output}: was taken while it was made: {error.strerror}") from error
+    sync_directory(output.parent)
+
+
+def _made_by(output: Path, run: Mapping[str, Any]) -> bool:
+    if not (output / MANIFEST_FILE).exists():
+        return False
+    try:
+        return bool(read_manifest(output)["about"].get("run") == _key(run))
+    except CheckpointError:
+        return False
+
+
+def _finished(job: Job, output: Path) -> Outcome:
+    about = read_manifest(output)["about"]
+    notes = [note for step in about["steps"] for note in step["notes"]]
+    return Outcome(
+        output=output,
+        spec=load_spec(output),
+        notes=tuple(dict.fromkeys(notes)),
+        visits=job.visits,
+        resumed=job.visits,
+    )
+
+
+# ---- what a run is ----------------------------------------------------------------------------
+
+
+def _identity(job: Job, tokens: Tensor | None) -> dict[str, Any]:
+    """Everything the output depends on but the number of threads, which a run keeps."""
+    run = {
+        "skimp": skimp.__version__,
+        "torch": torch.__version__,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "model": _model_identity(job),
+        "recipe": job.recipe.as_dict(),
+        "calibration": calibration_hash(tokens),
+    }
+    return dict(json.loads(json.dumps(run)))
+
+
+def _model_identity(job: Job) -> dict[str, Any]:
+    """Config and headers by hash, data by size and time of change: hashing it would take long."""
+    places = [*job.stored.dense.values()]
+    places += [place for parts in job.stored.parts.values() for place in parts.values()]
+    files = {}
+    for path in sorted({place.file for place in places}):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        status = path.stat()
+        files[path.name] = {
+            "size": status.st_size,
+            "header": file_sha256(path, 0, 8 + length),
+            "time": status.st_mtime_ns,
+        }
+    return {"config": file_sha256(job.directory / CONFIG_FILE), "files": files}
+
+
+def _without_times(model: Mapping[str, Any]) -> dict[str, Any]:
+    files = {
+        name: {key: value for key, value in entry.items() if key != "time"}
+        for name, entry in model["files"].items()
+    }
+    return {"config": model["config"], "files": files}
+
+
+def _key(run: Mapping[str, Any]) -> str:
+    text = json.dumps({**run, "model": _without_times(run["model"])}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:
+    for key, words in DEPENDS.items():
+        if before.get(key) == now[key]:
+            continue
+        pair = ""
+        if isinstance(now[key], str) and len(now[key]) < 32:
+            pair = f" ({shown(before.get(key))}, now {shown(now[key])})"
+        raise ShrinkError(
+            f"{output}: an unfinished run is there, and its {words} differs{pair}; give the same "
+            "again, or begin anew with --restart"
+        )
+
+
+@contextlib.contextmanager
+def _reproducible(threads: int) -> Iterator[None]:
+    """Sums split among as many threads as when the run began, by algorithms that repeat."""
+    before = torch.get_num_threads()
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)

@@ -1,0 +1,155 @@
+"""What a recipe would do to a model, and what doing it takes, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from skimp.cost import ModelWork, model_work, step_cost, uniform
+from skimp.cost.work import item_bytes
+from skimp.model.loading import parameter_shapes
+from skimp.model.mixers.attention import cache_spec
+from skimp.model.spec import ModelSpec
+from skimp.shrink.pipeline import Job
+from skimp.shrink.units import unit_of
+
+CACHE_BITS = {"int8": 8, "fp8": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """Of a model, in bytes; ``formats`` counts matrices."""
+
+    disk_bytes: int
+    weight_bytes_per_token: int  # read by one generated token
+    cache_bytes_per_token: int
+    bits_per_weight: float  # of all matrices, the table included
+    formats: dict[str, int]
+    cache_format: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStep:
+    kind: str
+    axis: str
+    lossy: bool
+    passes: int
+    calibration: bool
+    after: Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """``memory_bytes`` is the peak beyond the Python process itself, ``disk_bytes`` what is
+    needed at once beside the model: work files and output."""
+
+    before: Size
+    steps: tuple[PlannedStep, ...]
+    memory_bytes: int
+    disk_bytes: int
+    calibration_tokens: int
+
+    @property
+    def after(self) -> Size:
+        return self.steps[-1].after
+
+
+def plan_job(job: Job, calibration_tokens: int = 0) -> Plan:
+    """``calibration_tokens`` over all samples, if the job is calibrated."""
+    sizes = [size_of(spec) for spec in job.specs]
+    steps = tuple(
+        PlannedStep(
+            kind=step.kind,
+            axis=step.axis,
+            lossy=step.lossy,
+            passes=need.passes,
+            calibration=need.calibration,
+            after=size,
+        )
+        for step, need, size in zip(job.recipe.steps, job.needs, sizes[1:])
+    )
+    tokens = calibration_tokens if job.calibrated else 0
+    memory = 0
+    for index, need in enumerate(job.needs):
+        units = _largest_unit(job.specs[index]) + _largest_unit(job.specs[index + 1])
+        # What enters a unit and what leaves it, in float32.
+        hidden = 2 * 4 * tokens * job.specs[index].hidden_size if need.calibration else 0
+        memory = max(memory, units + need.extra_bytes + hidden)
+    # While a step runs its input is there too, if a step wrote it; then the output beside it.
+    written = [0, *(size.disk_bytes for size in sizes[1:])]
+    pairs = [a + b for a, b in pairwise(written)]
+    kept = 2 * 4 * tokens * job.specs[0].hidden_size
+    disk = max(*pairs, written[-2] + 2 * written[-1]) + kept
+    return Plan(
+        before=sizes[0],
+        steps=steps,
+        memory_bytes=memory,
+        disk_bytes=disk,
+        calibration_tokens=tokens,
+    )
+
+
+def _bits(spec: ModelSpec) -> dict[str, float]:
+    """Of each parameter, by its name."""
+    found: dict[str, float] = {}
+    for name, shape in parameter_shapes(spec).items():
+        form = spec.formats.get(name.removesuffix(".weight"))
+        found[name] = (
+            8.0 * item_bytes(spec.dtype) if form is None else form.bits_per_weight(shape[1])
+        )
+    return found
+
+
+def _sizes(spec: ModelSpec) -> dict[str, float]:
+    """Bytes of each parameter."""
+    bits = _bits(spec)
+    return {n: bits[n] * math.prod(shape) / 8 for n, shape in parameter_shapes(spec).items()}
+
+
+def _largest_unit(spec: ModelSpec) -> int:
+    units: Counter[str] = Counter()
+    for name, size in _sizes(spec).items():
+        units[unit_of(name)] += math.ceil(size)
+    return max(units.values())
+
+
+def size_of(spec: ModelSpec) -> Size:
+    """What a model takes, norms and biases in the checkpoint's dtype."""
+    shapes, sizes = parameter_shapes(spec), _sizes(spec)
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    weights = sum(math.prod(shapes[name]) for name in matrices)
+    formats = Counter(
+        spec.formats[m].name if (m := name.removesuffix(".weight")) in spec.formats else spec.dtype
+        for name in matrices
+    )
+    work = spec_work(spec)
+    return Size(
+        disk_bytes=math.ceil(sum(sizes.values())),
+        weight_bytes_per_token=round(step_cost(work, uniform(1, 1)).weight_bytes),
+        cache_bytes_per_token=work.cache_bytes_per_token,
+        bits_per_weight=8 * sum(sizes[name] for name in matrices) / weights,
+        formats=dict(formats),
+        cache_format=spec.cache_format or spec.dtype,
+    )
+
+
+def spec_work(spec: ModelSpec) -> ModelWork:
+    """The work of a model with its low-bit matrices and cache."""
+    import torch
+
+    caches = []
+    for layer in spec.layers:
+        cache = cache_spec(layer.mixer, getattr(torch, spec.dtype))
+        if spec.cache_format is not None:
+            # A 16-bit scale a head and token, for keys and for values.
+            bits = CACHE_BITS[spec.cache_format] + 16 / layer.mixer.head_dim
+            numbers = 2 * layer.mixer.kv_dim
+            cache = replace(cache, bytes_per_token=round(numbers * bits / 8))
+        caches.append(cache)
+    widths = {name.removesuffix(".weight"): s for name, s in parameter_shapes(spec).items()}
+    bits_of = {name: form.bits_per_weight(widths[name][1]) for name, form in spec.formats.items()}
+    if spec.tie_embeddings and "embed_tokens" in bits_of:
+        bits_of["lm_head"] = bits_of.pop("embed_tokens")
+    return model_work(spec, caches, bits=bits_of)

@@ -1,0 +1,159 @@
+"""Calibration text: what steps measure activations on, and whether it is like other text."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from skimp.errors import ShrinkError
+from skimp.shrink.recipe import Calibration
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from skimp.text.tokenizer import Tokenizer
+
+MAX_TEXT: Final = 1 << 30  # bytes
+DEFAULT_SAMPLES: Final = 128
+LIKE_ITSELF: Final = 1.5  # times the divergence of the calibration text's own halves
+
+
+def default_text() -> Path:
+    """The calibration text that comes with skimp."""
+    return Path(str(resources.files("skimp"))) / "assets" / "text" / "calibration.txt"
+
+
+def calibration_ids(calibration: Calibration, tokenizer: Tokenizer) -> list[int]:
+    """All tokens of the text or, in file order, of the conversations."""
+    if calibration.chat is not None:
+        return _chat_ids(Path(calibration.chat), tokenizer)
+    path = default_text() if calibration.text is None else Path(calibration.text)
+    return tokenizer.encode(_read(path), add_special=False)
+
+
+def samples(ids: Sequence[int], calibration: Calibration, seed: int, begin: int | None) -> Tensor:
+    """int64 [samples, T] pieces of ``ids``, each after the begin token if there is one.
+
+    The text is cut into pieces that do not overlap and ``seed`` chooses among them. Raises
+    ShrinkError if there are too few.
+    """
+    import torch
+
+    own = calibration.tokens - (begin is not None)
+    pieces = len(ids) // own
+    count = calibration.samples or max(1, min(DEFAULT_SAMPLES, pieces))
+    if pieces < count:
+        raise ShrinkError(
+            f"calibration: the text has {len(ids):,} tokens, and {count} samples of "
+            f"{calibration.tokens} need {count * own:,}; give more text, or lower "
+            "calibration.samples or calibration.tokens"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(pieces, generator=generator)[:count].sort().values
+    cut = torch.tensor(ids[: pieces * own], dtype=torch.int64).view(pieces, own)[chosen]
+    if begin is None:
+        return cut
+    return torch.cat((torch.full((len(cut), 1), begin), cut), dim=1)
+
+
+def load_samples(
+    calibration: Calibration, tokenizer: Tokenizer, seed: int, vocab_size: int
+) -> Tensor:
+    """The calibration tokens of a run, int64 [samples, T]."""
+    ids = calibration_ids(calibration, tokenizer)
+    begin = None
+    if calibration.chat is None:
+        framed = tokenizer.encode("a")
+        plain = tokenizer.encode("a", add_special=False)
+        begin = framed[0] if framed[:1] != plain[:1] else None
+    found = samples(ids, calibration, seed, begin)
+    top = int(found.max())
+    if top >= vocab_size:
+        raise ShrinkError(f"calibration: token {top} is beyond the model's {vocab_size}")
+    return found
+
+
+def chat_warning(calibration: Calibration, tokenizer: Tokenizer) -> str | None:
+    """A line if a chat model is to be calibrated on text without its turns."""
+    if calibration.chat is None and tokenizer.chat_template is not None:
+        return (
+            "calibration: this is a chat model and the calibration text is plain; its own "
+            "conversations (calibration.chat) may represent it better"
+        )
+    return None
+
+
+# ---- likeness ---------------------------------------------------------------------------------
+
+
+def divergence(a: Sequence[int], b: Sequence[int]) -> float:
+    """Jensen-Shannon divergence of the token frequencies of two texts, bits: 0 the same, 1
+    nothing in common."""
+    p, q = Counter(a), Counter(b)
+    n, m = len(a), len(b)
+    total = 0.0
+    for token in sorted(p.keys() | q.keys()):
+        x, y = p[token] / n, q[token] / m
+        middle = (x + y) / 2
+        total += sum(v * math.log2(v / middle) / 2 for v in (x, y) if v)
+    return total
+
+
+def unlike(calibration: Sequence[int], evaluation: Sequence[int]) -> str | None:
+    """A warning if the evaluation text is less like the calibration text than the halves of the
+    calibration text are like each other; None if it is alike.
+
+    All are cut to one length first, since short texts differ by chance.
+    """
+    size = min(len(calibration) // 2, len(evaluation))
+    if size == 0:
+        return "calibration: no text to compare"
+    own = divergence(calibration[:size], calibration[-size:])
+    other = divergence(calibration[:size], evaluation[:size])
+    if other <= LIKE_ITSELF * own:
+        return None
+    return (
+        f"calibration: the text is unlike the evaluation text: their token frequencies diverge by "
+        f"{other:.2f} bits, the calibration text's own halves by {own:.2f}"
+    )
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_TEXT:
+            raise ShrinkError(f"calibration: {path}: more than {MAX_TEXT:,} bytes")
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ShrinkError(f"calibration: {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ShrinkError(f"calibration: {path}: not UTF-8 at byte {error.start}") from None
+
+
+def _chat_ids(path: Path, tokenizer: Tokenizer) -> list[int]:
+    from skimp.errors import SkimpError
+    from skimp.text.chat import encode_chat, template_for
+
+    template = template_for(tokenizer)
+    ids: list[int] = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value: Any = json.loads(line)
+            messages = value["messages"] if isinstance(value, dict) else value
+            ids += encode_chat(tokenizer, template, messages, add_generation_prompt=False)
+        except KeyError:
+            raise ShrinkError(f"calibration: {path}: line {number}: messages: missing") from None
+        except SkimpError as error:
+            raise ShrinkError(f"calibration: {path}: line {number}: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ShrinkError(f"calibration: {path}: line {number}: not JSON: {error}") from None
+    return ids
