@@ -130,9 +130,56 @@ def test_mixed_formats_and_a_quantized_table(tmp_path: Path) -> None:
 def test_parts(form: WeightFormat, n: int, k: int) -> None:
     weight = quantize(torch.randn(n, k), form)
     stored = dict(encode(weight))
-    for name, part in parts(form, (n, k)).items():
-        assert tuple(stored[name].shape) in part.shapes and stored[name].dtype in part.dtypes
+    wanted = parts(form, (n, k))
+    assert set(stored) <= set(wanted)
+    for name, part in wanted.items():
+        if name in stored:
+            assert tuple(stored[name].shape) in part.shapes and stored[name].dtype in part.dtypes
+        else:
+            assert part.instead in stored or not part.required
     assert torch.equal(decode(form, (n, k), stored).dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_may_lie_unpacked(bits: int, symmetric: bool) -> None:
+    """As int-quantized and naive-quantized files have them, with one scale for all at times."""
+    form = WeightFormat(kind="int", bits=bits, group_size=None, symmetric=symmetric)
+    weight = quantize(torch.randn(6, 40), form)
+    stored = {"weight": weight.stored().to(torch.int8), "weight_scale": weight.scale}
+    if weight.zero is not None:
+        stored["weight_zero_point"] = weight.zero
+    for name, tensor in stored.items():
+        part = parts(form, (6, 40))[name]
+        assert tuple(tensor.shape) in part.shapes and tensor.dtype in part.dtypes
+    assert torch.equal(decode(form, (6, 40), stored).dequantize(), weight.dequantize())
+    stored["weight_scale"] = torch.tensor([0.5])
+    assert torch.equal(decode(form, (6, 40), stored).scale, torch.full((6, 1), 0.5))
+    with pytest.raises(CheckpointError, match="both"):
+        decode(form, (6, 40), stored | {"weight_packed": torch.zeros(6, 10, dtype=torch.int32)})
+    if bits == 4:
+        stored["weight"][3, 3] = 9
+        with pytest.raises(CheckpointError, match=r"outside -8\.\.7"):
+            decode(form, (6, 40), stored)
+
+
+def test_names_come_before_patterns_and_classes() -> None:
+    config = config_of(FORMATS[1])
+    group = config["config_groups"]["group_0"]
+    group["targets"] = ["Linear"]
+    for index, (form, target) in enumerate(zip(FORMATS[2:5], ("re:.*b$", "model.b", "model.a"))):
+        written = write_config({"a": form}, None, {"a": "model.a"})
+        other = written["config_groups"]["group_0"] | {"targets": [target]}
+        config["config_groups"][f"more_{index}"] = other
+    config["ignore"] = ["re:.*[.]d"]
+    modules = {name: f"model.{name}" for name in "abcd"} | {"e": "model.embed_tokens"}
+    wanted = {"a": FORMATS[4], "b": FORMATS[3], "c": FORMATS[1]}
+    assert read_config(config, modules) == (wanted, None)
+
+
+def test_a_cache_format_alone() -> None:
+    config = write_config({}, "int8", {"a": "model.a"})
+    assert read_config(config, {"a": "model.a"}) == ({}, "int8")
 
 
 def config_of(form: WeightFormat) -> dict[str, Any]:
@@ -171,7 +218,18 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("config_groups.group_0.input_activations.strategy", "group", "strategy"),
         ("config_groups.group_0.input_activations.symmetric", False, "symmetric"),
         ("config_groups.group_0.output_activations", {"num_bits": 8}, "output_activations"),
+        ("config_groups.group_0.targets", None, "match no matrix"),
+        ("config_groups.group_0.weights.group_size", 64, "group_size"),
+        ("config_groups.group_0.weights.symmetric", "no", "symmetric"),
+        ("config_groups.group_0.weights.zeros", [1], "weights.zeros"),
+        ("config_groups.group_0.bias", {"num_bits": 8}, "bias"),
+        ("config_groups.group_0.input_activations.strategy", None, "strategy"),
+        ("config_groups.group_0.input_activations.type", "bfp", "type"),
+        ("config_groups.group_0.input_activations.levels", 7, "levels"),
         ("kv_cache_scheme", {"num_bits": 4}, "kv_cache_scheme"),
+        ("kv_cache_scheme", {"num_bits": 8, "type": "mx"}, "kv_cache_scheme"),
+        ("kv_cache_scheme", [8], "kv_cache_scheme"),
+        ("moe_sparsity_config", {"n": 2}, "moe_sparsity_config"),
         ("sparsity_config", {"format": "sparse-24-bitmask"}, "sparsity_config"),
         ("transform_config", {"config_groups": {"R1": {}}}, "transform_config"),
         ("ignore", [3], "ignore"),

@@ -9,14 +9,14 @@ they come. Whatever else a config asks for is refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from skimp.errors import CheckpointError, ConfigError, shown
-from skimp.formats.checkpoints import SCALE_DTYPES, Part
+from skimp.formats.checkpoints import SCALE_DTYPES, Part, is_unset, names, refuse, refuse_others
 from skimp.formats.weight import QuantizedWeight, WeightFormat, pack_nibbles
 
 METHOD: Final = "compressed-tensors"
@@ -30,11 +30,15 @@ EMBEDDING: Final = "Embedding"
 PROVENANCE: Final = frozenset(
     "quantization_status global_compression_ratio version quant_method format".split()  # noqa: SIM905
 )
-UNSET: Final[tuple[Any, ...]] = (None, {}, [], False)
-
-
-def refuse(message: str) -> ConfigError:
-    return ConfigError(f"quantization_config: {message}")
+READ: Final = frozenset({"config_groups", "ignore", "kv_cache_scheme"})
+GROUP_FIELDS: Final = frozenset(
+    {"targets", "format", "weights", "input_activations", "output_activations"}
+)
+# An observer has done its work by now; the dtypes are what the tensors themselves say.
+OBSERVED: Final = frozenset({"observer", "observer_kwargs", "scale_dtype", "zp_dtype"})
+WEIGHT_FIELDS: Final = OBSERVED | set(
+    "num_bits type strategy group_size symmetric dynamic actorder block_structure".split()  # noqa: SIM905
+)
 
 
 # ---- the config -------------------------------------------------------------------------------
@@ -50,54 +54,44 @@ def read_config(
     status = config.get("quantization_status")
     if status not in (None, "compressed"):
         raise refuse(f"quantization_status={shown(status)}: only compressed weights are read")
-    groups, ignore = config.get("config_groups"), config.get("ignore") or []
-    only_cache = groups == {} and config.get("kv_cache_scheme") is not None
-    if not isinstance(groups, dict) or not (groups or only_cache):
+    sparsity = config.get("sparsity_config")
+    dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+    refuse_others(config, READ | PROVENANCE | ({"sparsity_config"} if dense else set()))
+    cache = _read_cache(config.get("kv_cache_scheme"))
+    groups, ignore = config.get("config_groups"), names("ignore", config.get("ignore"))
+    if not isinstance(groups, dict) or (not groups and cache is None):
         raise refuse(f"config_groups must be a non-empty object, got {shown(groups)}")
-    _strings("ignore", ignore)
-    formats: dict[str, WeightFormat] = {}
+    by_target: dict[str, WeightFormat] = {}
     for name, group in groups.items():
         where = f"config_groups.{name}"
         if not isinstance(group, dict):
             raise refuse(f"{where} must be an object, got {shown(group)}")
-        _strings(f"{where}.targets", group.get("targets"))
         form = _group_format(where, group, config.get("format"))
-        for ours, theirs in modules.items():
-            taken = ours in formats or _matches(theirs, ignore)
-            if not taken and _matches(theirs, group["targets"]):
-                formats[ours] = form
+        for target in names(f"{where}.targets", group.get("targets")):
+            by_target[target] = form
+    formats: dict[str, WeightFormat] = {}
+    for ours, theirs in modules.items():
+        chosen = None if _first(theirs, ignore) else _first(theirs, by_target)
+        if chosen is not None:
+            formats[ours] = by_target[chosen]
     if groups and not formats:
         raise refuse("config_groups: its targets match no matrix of this model")
-    for field, value in config.items():
-        known = {"config_groups", "ignore", "kv_cache_scheme"} | PROVENANCE
-        if field not in known and not _is_unset(value):
-            raise refuse(f"{field}={shown(value)} is not supported")
-    return formats, _read_cache(config.get("kv_cache_scheme"))
+    return formats, cache
 
 
-def _is_unset(value: Any) -> bool:
-    return any(value == unset and type(value) is type(unset) for unset in UNSET) or (
-        isinstance(value, dict) and value.get("format") == "dense"
-    )
-
-
-def _strings(where: str, value: Any) -> None:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise refuse(f"{where} must be a list of names, got {shown(value)}")
-
-
-def _matches(module: str, targets: list[str]) -> bool:
-    kind = EMBEDDING if module.endswith("embed_tokens") else LINEAR
-    for target in targets:
+def _first(module: str, targets: Collection[str]) -> str | None:
+    """The target that decides over a module: its name, then a pattern, then its class."""
+    if module in targets:
+        return module
+    for target in sorted(targets):
         if target.startswith("re:"):
             try:
                 if re.match(target[3:], module):
-                    return True
+                    return target
             except re.error as error:
                 raise refuse(f"{target!r} is no regular expression: {error}") from None
-        elif target in (kind, module):
-            return True
-    return False
+    kind = EMBEDDING if module.endswith("embed_tokens") else LINEAR
+    return kind if kind in targets else None
 
 
 def _group_format(where: str, group: Mapping[str, Any], overall: Any) -> WeightFormat:
@@ -113,15 +107,26 @@ def _group_format(where: str, group: Mapping[str, Any], overall: Any) -> WeightF
     def bad(field: str, value: Any) -> ConfigError:
         return refuse(f"{where}.{field}={shown(value)} is not supported")
 
+    for field, value in {**group, **{f"weights.{name}": v for name, v in weights.items()}}.items():
+        known = GROUP_FIELDS if not field.startswith("weights.") else WEIGHT_FIELDS
+        if field.removeprefix("weights.") not in known and not is_unset(value):
+            raise bad(field, value)
     bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
+    if type(bits) is not int:
+        raise bad("weights.num_bits", bits)
     if kind not in ("int", "float"):
         raise bad("weights.type", kind)
-    strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "tensor")
+    size = weights.get("group_size")
+    size = None if size == -1 else size
+    strategy = weights.get("strategy")
+    if strategy is None:
+        strategy = "group" if size else "channel" if weights.get("group_size") else "tensor"
     if strategy not in ("channel", "group", "tensor"):
         raise bad("weights.strategy", strategy)
-    size = weights.get("group_size") if strategy == "group" else None
-    if strategy == "group" and (type(size) is not int or size < 1):
+    if (type(size) is not int or size < 1) if strategy == "group" else size is not None:
         raise bad("weights.group_size", size)
+    if not isinstance(weights.get("symmetric", True), bool):
+        raise bad("weights.symmetric", weights["symmetric"])
     if weights.get("dynamic"):
         raise bad("weights.dynamic", weights["dynamic"])
     if weights.get("actorder") not in (None, False, "static", "weight"):
@@ -133,7 +138,7 @@ def _group_format(where: str, group: Mapping[str, Any], overall: Any) -> WeightF
             kind=kind,
             bits=bits,
             group_size=size,
-            symmetric=weights.get("symmetric", True) is True,
+            symmetric=weights.get("symmetric", True),
             activations=_activations(group.get("input_activations"), bad),
         )
     except ValueError as error:
@@ -146,15 +151,17 @@ def _activations(args: Any, bad: Callable[[str, Any], ConfigError]) -> Any:
         return None
     if not isinstance(args, dict):
         raise bad("input_activations", args)
-    if args.get("num_bits", 8) != 8 or args.get("type", "int") not in ("int", "float"):
-        raise bad("input_activations.num_bits", args.get("num_bits"))
-    if args.get("dynamic") is not True:
-        raise bad("input_activations.dynamic", args.get("dynamic", False))
-    if args.get("strategy", "token") not in (None, "token"):
-        raise bad("input_activations.strategy", args["strategy"])
-    if args.get("symmetric", True) is not True:
-        raise bad("input_activations.symmetric", args["symmetric"])
-    return "fp8" if args.get("type", "int") == "float" else "int8"
+    wanted = {"num_bits": (8,), "type": ("int", "float"), "dynamic": (True,)}
+    wanted |= {"strategy": ("token",), "symmetric": (True,)}
+    defaults = {"num_bits": 8, "type": "int", "symmetric": True}  # of the library
+    for field, allowed in wanted.items():
+        value = args.get(field, defaults.get(field))
+        if value not in allowed or type(value) is not type(allowed[0]):
+            raise bad(f"input_activations.{field}", value)
+    for field, value in args.items():
+        if field not in OBSERVED and field not in wanted and not is_unset(value):
+            raise bad(f"input_activations.{field}", value)
+    return "fp8" if args.get("type") == "float" else "int8"
 
 
 def _read_cache(scheme: Any) -> str | None:
@@ -178,10 +185,10 @@ def write_config(
     if "lm_head" not in modules.values():
         ignore.append("lm_head")  # tied: ours has none, but other readers make one
     groups = {}
-    for index, (form, names) in enumerate(by_format.items()):
-        tables = [name for name in names if name.endswith("embed_tokens")]
+    for index, (form, members) in enumerate(by_format.items()):
+        tables = [name for name in members if name.endswith("embed_tokens")]
         # One format for all: by class, as other writers spell it. Else each matrix by its name.
-        targets = [LINEAR, *tables] if len(by_format) == 1 else names
+        targets = [LINEAR, *tables] if len(by_format) == 1 else members
         groups[f"group_{index}"] = {
             "targets": targets,
             "format": layout_of(form),
@@ -244,24 +251,26 @@ def _activation_args(kind: str | None) -> dict[str, Any] | None:
 
 
 def parts(form: WeightFormat, shape: tuple[int, int]) -> dict[str, Part]:
-    """The tensors of a matrix [N, K] by the end of their names."""
+    """The tensors of a matrix [N, K] by the end of their names.
+
+    Integers may be packed or not, since the layouts differ in nothing else.
+    """
     n, k = shape
     groups = form.groups(k)
     # By tensor there is one scale; by channel the last dimension is left out at times.
     shapes: tuple[tuple[int, ...], ...] = ((n, groups),)
     shapes += ((1,), (), (n,), (1, 1)) if groups == 1 else ()
     found = {"weight_scale": Part(shapes, SCALE_DTYPES)}
-    if layout_of(form) == PACKED:
-        word = 32 // form.bits
-        found["weight_packed"] = Part(((n, -(-k // word)),), (torch.int32,))
-        found["weight_shape"] = Part(((2,),), (torch.int64, torch.int32), required=False)
-        if not form.symmetric:
-            found["weight_zero_point"] = Part(((-(-n // word), groups),), (torch.int32,))
-    else:
-        dtype = torch.int8 if form.kind == "int" else torch.float8_e4m3fn
-        found["weight"] = Part(((n, k),), (dtype,))
-        if not form.symmetric:
-            found["weight_zero_point"] = Part(shapes, (torch.int8,))
+    if form.kind == "float":
+        found["weight"] = Part(((n, k),), (torch.float8_e4m3fn,))
+        return found
+    word = 32 // form.bits
+    found["weight_packed"] = Part(((n, -(-k // word)),), (torch.int32,), instead="weight")
+    found["weight"] = Part(((n, k),), (torch.int8,), instead="weight_packed")
+    found["weight_shape"] = Part(((2,),), (torch.int64, torch.int32), required=False)
+    if not form.symmetric:
+        packed = (-(-n // word), groups)
+        found["weight_zero_point"] = Part((packed, *shapes), (torch.int32, torch.int8))
     return found
 
 
@@ -290,33 +299,48 @@ def decode(
     Raises CheckpointError naming the part that is not what the format says.
     """
     n, k = shape
-    scale = tensors["weight_scale"]
-    if scale.numel() == 1:
-        scale = scale.reshape(1, 1)
-    elif scale.dim() == 1:
-        scale = scale[:, None]
-    scale = scale.expand(n, form.groups(k))
+    scale = _wide(tensors["weight_scale"], n, form.groups(k))
     zero = tensors.get("weight_zero_point")
-    if layout_of(form) != PACKED:
-        if zero is not None:
-            zero = zero.expand(n, form.groups(k))
-        return QuantizedWeight(
-            format=form, in_features=k, values=tensors["weight"], scale=scale, zero=zero
-        )
+    if zero is not None and zero.dtype == torch.int8:
+        zero = _wide(zero, n, form.groups(k))
+    elif zero is not None:
+        zero = _read_packed_zero(zero, form, (n, form.groups(k)))
     said = tensors.get("weight_shape")
     if said is not None and tuple(said.tolist()) != shape:
         raise CheckpointError(f"weight_shape says {said.tolist()}, the config wants {[n, k]}")
-    values = _bytes(tensors["weight_packed"], -(-k * form.bits // 8))
-    if form.bits == 8:
-        values = _unoffset(values)
-    if zero is not None:
-        across = _bytes(zero.T.contiguous(), -(-n * form.bits // 8))
+    if ("weight" in tensors) == ("weight_packed" in tensors):
+        raise CheckpointError("weight: it is stored both packed and unpacked")
+    if "weight_packed" in tensors:
+        values = _bytes(tensors["weight_packed"], -(-k * form.bits // 8))
+        values = _unoffset(values) if form.bits == 8 else values
+    else:
+        values = tensors["weight"]
         if form.bits == 4:
-            pairs = torch.stack((across & 15, across >> 4), dim=-1).flatten(1)[:, :n]
-            zero = (pairs.to(torch.int8) - 8).T.contiguous()
-        else:
-            zero = _unoffset(across).T.contiguous()
+            if int(values.min()) < -8 or int(values.max()) > 7:
+                raise CheckpointError("weight: holds numbers outside -8..7")
+            values = pack_nibbles(values)
     return QuantizedWeight(format=form, in_features=k, values=values, scale=scale, zero=zero)
+
+
+def _wide(numbers: Tensor, n: int, groups: int) -> Tensor:
+    """Scales or zero points as [N, groups], however few a file holds."""
+    if numbers.numel() == 1:
+        numbers = numbers.reshape(1, 1)
+    elif numbers.dim() == 1:
+        numbers = numbers[:, None]
+    return numbers.expand(n, groups).contiguous()
+
+
+def _read_packed_zero(words: Tensor, form: WeightFormat, shape: tuple[int, int]) -> Tensor:
+    """Zero points, which are packed along the outputs."""
+    n, groups = shape
+    if tuple(words.shape) != (-(-n * form.bits // 32), groups):
+        raise CheckpointError(f"weight_zero_point has shape {list(words.shape)}")
+    across = _bytes(words.T.contiguous(), -(-n * form.bits // 8))
+    if form.bits == 8:
+        return _unoffset(across).T.contiguous()
+    pairs = torch.stack((across & 15, across >> 4), dim=-1).flatten(1)[:, :n]
+    return (pairs.to(torch.int8) - 8).T.contiguous()
 
 
 def _words(packed: Tensor) -> Tensor:

@@ -36,10 +36,11 @@ def lowbit_linear(x: Tensor, weight: QuantizedWeight, *, split_rows: bool = Fals
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row at int8, ties to even, and its scale [R, 1]: the largest number becomes 127."""
+    """Each row at int8, ties to even, and its scale [R, 1]: the row's range is that of int8 to
+    both sides, as compressed-tensors computes it, so the largest number may become 127 or -128."""
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-    return (x / scale).round().to(torch.int8), scale
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.5
+    return (x / scale).round().clamp(-128, 127).to(torch.int8), scale
 
 
 def round_rows(x: Tensor, to: str) -> Tensor:

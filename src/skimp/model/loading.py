@@ -7,7 +7,7 @@ Weights are mapped from their files and become parameters without a copy where t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,14 +81,17 @@ def load_decoder(directory: Path | str, *, dtype: torch.dtype | str = "auto") ->
         target = found.pop() if len(found) == 1 else as_dtype(spec.dtype)
         if target == torch.float16:
             target = torch.float32
+    formats = dict(spec.formats)
     for name, value in stored.read():
         if isinstance(value, Tensor):
             assign(decoder, name, value.to(target))
+            formats.pop(name.removesuffix(".weight"), None)  # none of ours could hold it
         else:
             linear = decoder.get_submodule(name.removesuffix(".weight"))
             assert isinstance(linear, Linear)
             linear.quantized = value
         del value  # or the last mapping would outlive this loop's next step
+    decoder.spec = replace(spec, formats=formats)
     return decoder
 
 
@@ -192,9 +195,15 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
     missing += [
         name
         for name, (matrix, part) in places.items()
-        if wanted[matrix][part].required and part not in parts[matrix]
+        if wanted[matrix][part].required
+        and part not in parts[matrix]
+        and wanted[matrix][part].instead not in parts[matrix]
     ]
-    extra = [tensor for tensor in extra if not _is_tied_head(tensor, spec, dense)]
+    extra = [
+        tensor
+        for tensor in extra
+        if not _is_tied_head(tensor, spec, dense) and not _is_empty_bias(tensor, rename, places)
+    ]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         hint = f"; found {extra[0].name!r}, which the config has no place for" if extra else ""
@@ -239,6 +248,16 @@ def _is_tied_head(tensor: StoredTensor, spec: ModelSpec, stored: Mapping[str, An
             f"{table.name!r}"
         )
     return True
+
+
+def _is_empty_bias(
+    tensor: StoredTensor, rename: Callable[[str], str | None], places: Collection[str]
+) -> bool:
+    """GPTQ tools once gave every matrix a bias; tolerated where the model has none if it is 0."""
+    module, _, last = (rename(tensor.name) or "").rpartition(".")
+    if last != "bias" or f"{module}.qweight" not in places or tensor.dtype not in FLOATS:
+        return False
+    return not bool(dict(map_tensors({"bias": tensor}))["bias"].any())
 
 
 def empty_decoder(spec: ModelSpec) -> Decoder:
