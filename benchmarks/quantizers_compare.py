@@ -19,8 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -130,23 +128,39 @@ class RoundedInputs(PlainOps):
         self.vocab = vocab
 
 
-def log_probabilities(decoder: Decoder, tokens: Tensor, ops: PlainOps) -> Iterator[Tensor]:
-    """float32 [T - 1, V] of each window [T]."""
-    decoder.bind(ops, max_positions=tokens.shape[1])
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    decoder: Decoder
+    seconds: float
+    ops: PlainOps = dataclasses.field(default_factory=PlainOps)
+    notes: tuple[str, ...] = ()
+
+
+def log_probabilities(candidate: Candidate, window: Tensor) -> Tensor:
+    """float32 [T - 1, V] of a window [T]."""
     with torch.no_grad():
-        for window in tokens:
-            logits = decoder(whole_text(window.int()), ops)
-            yield logits[:-1].log_softmax(-1)
+        logits = candidate.decoder(whole_text(window.int()), candidate.ops)
+    return logits[:-1].log_softmax(-1)
 
 
-def score(base: Decoder, other: Decoder, ops: PlainOps, tokens: Tensor, size: int) -> Scores:
-    kl, bits = [], []
-    pairs = zip(log_probabilities(base, tokens, PlainOps()), log_probabilities(other, tokens, ops))
-    for window, (p, q) in zip(tokens, pairs):
-        kl.append(float((p.exp() * (p - q)).sum()))
-        bits.append(-float(q.gather(1, window[1:, None]).sum()) / math.log(2))
+def score(candidates: dict[str, Candidate], tokens: Tensor, size: int) -> dict[str, Scores]:
+    """All of them window by window, so that the base's distributions are made once."""
+    kl: dict[str, list[float]] = {name: [] for name in candidates}
+    bits: dict[str, list[float]] = {name: [] for name in candidates}
+    for candidate in candidates.values():
+        candidate.decoder.bind(candidate.ops, max_positions=tokens.shape[1])
+    for window in tokens:
+        p = log_probabilities(candidates["base"], window)
+        probability = p.exp()
+        for name, candidate in candidates.items():
+            q = p if name == "base" else log_probabilities(candidate, window)
+            kl[name].append(float((probability * (p - q)).sum()))
+            bits[name].append(-float(q.gather(1, window[1:, None]).sum()) / math.log(2))
     positions = tokens.shape[0] * (tokens.shape[1] - 1)
-    return Scores(torch.tensor(kl), torch.tensor(bits), positions, size)
+    return {
+        name: Scores(torch.tensor(kl[name]), torch.tensor(bits[name]), positions, size)
+        for name in candidates
+    }
 
 
 def interval(values: Tensor, count: int) -> tuple[float, float, float]:
@@ -168,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path, default=ASSETS / "models/tales")
     parser.add_argument("--tools-python", help="an interpreter with llmcompressor and hqq")
+    parser.add_argument("--tools-models", type=Path, help="keep or find the tools' models here")
     parser.add_argument("--length", type=int, default=512, help="tokens of a window")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, help="calibration windows (default: all)")
@@ -188,40 +203,28 @@ def main() -> None:
     evaluation = evaluation[: options.windows]
     # The first token of a window is given, so its bytes are not counted.
     size = sum(len(tokenizer.decode(w[1:].tolist()).encode()) for w in evaluation)
-    exact = in_float32(spec, tensors)
-    found: dict[str, Scores] = {"base": score(exact, exact, PlainOps(), evaluation, size)}
-    rows: dict[str, dict[str, Any]] = {"base": row(found["base"])}
-    versions = {"torch": torch.__version__, "skimp": version("skimp")}
-
-    def judge(name: str, decoder: Decoder, ops: PlainOps, seconds: float) -> None:
-        found[name] = score(exact, decoder, ops, evaluation, size)
-        rows[name] = {**row(found[name]), "seconds": seconds}
-        print(
-            f"{name:32} KL {rows[name]['kl']:.6f}  {rows[name]['bits_per_byte']:.5f} bpb "
-            f"{seconds:.1f} s",
-            flush=True,
-        )
-
-    if options.tools_python:
-        with tempfile.TemporaryDirectory() as scratch:
-            torch.save(calibration, Path(scratch) / "tokens.pt")
+    candidates = {"base": Candidate(in_float32(spec, tensors), 0.0)}
+    versions = {"torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.tools_models or Path(scratch)
+        if options.tools_python:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(calibration, folder / "tokens.pt")
             job = {"model": str(options.model.resolve()), "group_size": options.group_size}
-            (Path(scratch) / "job.json").write_text(json.dumps(job))
-            subprocess.run([options.tools_python, TOOLS, scratch], check=True)
-            said = json.loads((Path(scratch) / "done.json").read_text())
+            (folder / "job.json").write_text(json.dumps(job))
+            subprocess.run([options.tools_python, TOOLS, folder], check=True)
+        if (folder / "done.json").exists():
+            said = json.loads((folder / "done.json").read_text())
             versions |= said["versions"]
             for name, entry in said["models"].items():
-                judge(
-                    name, load_decoder(entry["path"], dtype="float32"), PlainOps(), entry["seconds"]
-                )
+                decoder = load_decoder(folder / entry["path"])
+                dense = in_float32(decoder.spec, module_tensors(decoder))
+                candidates[name] = Candidate(dense, entry["seconds"])
     absmax = Quantize.model_validate({"format": "int4", "group_size": options.group_size})
-    plain = {
-        name: quantize(t, absmax.weight_format)
-        if name.removesuffix(".weight") in absmax.formats(spec)
-        else t
-        for name, t in tensors.items()
-    }
-    judge("round to nearest int4, no search", in_float32(spec, plain), PlainOps(), 0.0)
+    plain = dict(tensors)
+    for matrix, form in absmax.formats(spec).items():
+        plain[f"{matrix}.weight"] = quantize(tensors[f"{matrix}.weight"], form)
+    candidates["nearest int4, no search"] = Candidate(in_float32(spec, plain), 0.0)
     for name, (fields, _) in OURS.items():
         if options.only and not any(part in name for part in options.only):
             continue
@@ -231,8 +234,13 @@ def main() -> None:
         out_spec, out, notes = shrunk(step, spec, tensors, calibration)
         seconds = time.perf_counter() - began
         ops = RoundedInputs(spec.vocab_size) if step.activations == "int8" else PlainOps()
-        judge(name, in_float32(out_spec, out), ops, seconds)
-        rows[name]["notes"] = notes
+        candidates[name] = Candidate(in_float32(out_spec, out), seconds, ops, tuple(notes))
+        print(f"{name}: {seconds:.1f} s", flush=True)
+    found = score(candidates, evaluation, size)
+    rows = {
+        name: {**row(found[name]), "seconds": c.seconds, "notes": list(c.notes)}
+        for name, c in candidates.items()
+    }
     duels = []
     for ours, (_, theirs) in OURS.items():
         if ours in found and theirs in found:
@@ -263,8 +271,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"# Quantizers on {result['model']}, groups of {result['group_size']}",
         "",
-        f"{result['calibration_windows']} calibration and {result['evaluation_windows']} evaluation"
-        f" windows of {result['window_tokens']} tokens, the same for all; weights in float32; "
+        f"{result['calibration_windows']} calibration and {result['evaluation_windows']} "
+        f"evaluation windows of {result['window_tokens']} tokens, the same for all; "
+        "weights judged in float32; "
         "95 % intervals from a bootstrap over windows. "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
         + ".",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal
 
@@ -54,15 +55,29 @@ class LayerRunner:
     def forward(self, hidden: Tensor, observe: Observe | None = None) -> Tensor:
         """Activations that leave the layer, float32 [samples, T, D]. ``observe(group, x)`` sees
         the inputs [T, in_features] of each group of :data:`GROUPS`, sample by sample."""
-        count = hidden.shape[1]
-        tables = None if self._rope is None else rope_tables(self._rope, count)
-        ops = self._ops
-        self._layer.mixer.bind(ops, tables, None)
-        self._layer.ffn.bind(ops)
-        ops.observe = observe
-        step = whole_text(torch.zeros(count, dtype=torch.int32))
+        step = self._bind(hidden.shape[1])
+        self._ops.observe, self._ops.until = observe, None
         with torch.no_grad():
-            return torch.stack([self._layer(sample, ops, step) for sample in hidden.float()])
+            return torch.stack([self._layer(sample, self._ops, step) for sample in hidden.float()])
+
+    def watch(self, hidden: Tensor, group: str, observe: Observe) -> None:
+        """Show ``observe`` what it sees in ``forward``, but compute nothing behind ``group``."""
+        step = self._bind(hidden.shape[1])
+        self._ops.observe, self._ops.until = observe, group
+        with torch.no_grad():
+            for sample in hidden.float():
+                with contextlib.suppress(_Seen):
+                    self._layer(sample, self._ops, step)
+
+    def _bind(self, count: int) -> StepInputs:
+        tables = None if self._rope is None else rope_tables(self._rope, count)
+        self._layer.mixer.bind(self._ops, tables, None)
+        self._layer.ffn.bind(self._ops)
+        return whole_text(torch.zeros(count, dtype=torch.int32))
+
+
+class _Seen(Exception):
+    """The inputs that were asked for have been observed."""
 
 
 class _ObservedOps(PlainOps):
@@ -70,6 +85,7 @@ class _ObservedOps(PlainOps):
         super().__init__()
         self._rounding = rounding
         self.observe: Observe | None = None
+        self.until: str | None = None  # the group behind whose inputs nothing is computed
         firsts = {group: names[0] for group, names in GROUPS.items()}
         self._groups = {id(layer.get_submodule(name)): g for g, name in firsts.items()}
 
@@ -90,6 +106,8 @@ class _ObservedOps(PlainOps):
         group = self._groups[id(matrix.linears[0])]
         if self.observe is not None:
             self.observe(group, x)
+        if group == self.until:
+            raise _Seen
         rounding = self._rounding.get(group)
         x = x if rounding is None else round_rows(x, rounding)
         return super().matmul(x, matrix, activation=activation, residual=residual)

@@ -159,7 +159,7 @@ def quantize_head(
 def observe(
     unit: Unit, tensors: Tensors, hidden: Tensor, groups: tuple[str, ...]
 ) -> dict[str, Inputs]:
-    """The inputs of some groups of a layer over the calibration text."""
+    """The inputs of some groups of a layer, in its order, over the calibration text."""
     assert unit.layer is not None
     seen: dict[str, Inputs] = {}
 
@@ -167,7 +167,7 @@ def observe(
         if group in groups:
             seen.setdefault(group, Inputs(x.shape[-1])).add(x)
 
-    LayerRunner(unit.spec, unit.layer, tensors).forward(hidden, look)
+    LayerRunner(unit.spec, unit.layer, tensors).watch(hidden, groups[-1], look)
     return seen
 
 

@@ -12,7 +12,7 @@ from skimp.formats.weight import QuantizedWeight, WeightFormat, grouped, round_t
 
 STEPS: Final = 64  # scales tried
 NARROWEST: Final = 0.4  # of the scale that covers the range
-CHUNK: Final = 1 << 22  # weights searched at once, which bounds memory
+CHUNK: Final = 1 << 17  # weights searched at once: their temporaries stay in the core's cache
 ZERO_SHIFTS: Final = (-1.0, 0.0, 1.0)  # zero points tried around the one that follows the range
 
 

@@ -99,7 +99,7 @@ class Quantize(BaseModel):
             for m, s in zip(mixers, spec.layers)
         )
         if self.method not in CALIBRATED:
-            return Need(extra_bytes=10 * 4 * min(layer, 1 << 22) + layer)
+            return Need(extra_bytes=5 * layer)
         # The layer in float32, moments and their factors in float64.
         return Need(calibration=True, extra_bytes=3 * 4 * layer + 6 * 8 * widest**2)
 
