@@ -2,9 +2,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 #include "lowbit.h"
@@ -59,7 +61,7 @@ SKIMP_FORCE __m512i look_up(const uint8_t* table, __m512i index) {
 
 struct Fp8Pairs {
   using Product = Bf16Pairs;
-  static constexpr int LINES = 2, LINE_VECTORS = 2;
+  static constexpr int LINES = 2, LINE_VECTORS = 2, SHIFT = 0;
   static constexpr bool FROM_MEMORY = true, OFFSET = false;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) {
@@ -75,7 +77,7 @@ struct Fp8Pairs {
 
 struct DecodedBf16 {
   using Product = Bf16Pairs;
-  static constexpr int LINES = 4, LINE_VECTORS = 1;
+  static constexpr int LINES = 4, LINE_VECTORS = 1, SHIFT = 0;
   static constexpr bool FROM_MEMORY = false, OFFSET = false;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) { return line; }
@@ -100,13 +102,11 @@ void decode_bf16(const LowSpan& span, const uint8_t* panels, int64_t panel_strid
   for (int p = 0; p < span.num_panels; ++p) {
     const uint8_t* w = panels + p * panel_stride;
     char* to = static_cast<char*>(out) + p * out_stride;
-    for (int k = span.k0; k < span.k1; k += LOW_ALIGN, to += 256) {
-      for (int n = 0; n < 2; ++n, w += 64) {
-        const __m512i line = _mm512_loadu_si512(w);
-        _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
-        _mm512_storeu_si512(to + n * 64, Fp8Pairs::take<0>(line));
-        _mm512_storeu_si512(to + n * 64 + 128, Fp8Pairs::take<1>(line));
-      }
+    for (int k = span.k0; k < span.k1; k += LOW_ALIGN / 2, w += 64, to += 128) {
+      const __m512i line = _mm512_loadu_si512(w);
+      _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
+      _mm512_storeu_si512(to, Fp8Pairs::take<0>(line));
+      _mm512_storeu_si512(to + 64, Fp8Pairs::take<1>(line));
     }
   }
 }

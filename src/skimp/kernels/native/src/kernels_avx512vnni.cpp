@@ -3,8 +3,10 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 #include "lowbit.h"
@@ -25,19 +27,26 @@ struct Integer {
   SKIMP_FORCE __m512 to_float(Sum sum) { return _mm512_cvtepi32_ps(sum); }
 };
 
+// The instructions by name: from their intrinsics GCC 12 makes many needless copies and spills.
 // Pairs of 16-bit integers; no product of sums wraps, since a block is short enough.
 struct Pairs : Integer {
-  SKIMP_FORCE Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpwssd_epi32(sum, w, x); }
+  SKIMP_FORCE Sum add(Sum sum, __m512i w, __m512i x) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
 };
 
 // Fours of unsigned weights and signed inputs.
 struct Fours : Integer {
-  SKIMP_FORCE Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpbusd_epi32(sum, w, x); }
+  SKIMP_FORCE Sum add(Sum sum, __m512i w, __m512i x) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    return sum;
+  }
 };
 
 struct NibblePairs {
   using Product = Pairs;
-  static constexpr int LINES = 1, LINE_VECTORS = 4;
+  static constexpr int LINES = 1, LINE_VECTORS = 4, SHIFT = 4;
   static constexpr bool FROM_MEMORY = true, OFFSET = true;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) {
@@ -49,7 +58,7 @@ struct NibblePairs {
 
 struct BytePairs {
   using Product = Pairs;
-  static constexpr int LINES = 2, LINE_VECTORS = 2;
+  static constexpr int LINES = 2, LINE_VECTORS = 2, SHIFT = 8;
   static constexpr bool FROM_MEMORY = true, OFFSET = true;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) {
@@ -60,7 +69,7 @@ struct BytePairs {
 
 struct DecodedPairs {
   using Product = Pairs;
-  static constexpr int LINES = 4, LINE_VECTORS = 1;
+  static constexpr int LINES = 4, LINE_VECTORS = 1, SHIFT = 0;
   static constexpr bool FROM_MEMORY = false, OFFSET = false;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) { return line; }
@@ -68,7 +77,7 @@ struct DecodedPairs {
 
 struct NibbleFours {
   using Product = Fours;
-  static constexpr int LINES = 1, LINE_VECTORS = 2;
+  static constexpr int LINES = 1, LINE_VECTORS = 2, SHIFT = 4;
   static constexpr bool FROM_MEMORY = true, OFFSET = true;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) {
@@ -79,7 +88,7 @@ struct NibbleFours {
 
 struct ByteFours {
   using Product = Fours;
-  static constexpr int LINES = 2, LINE_VECTORS = 1;
+  static constexpr int LINES = 2, LINE_VECTORS = 1, SHIFT = 0;
   static constexpr bool FROM_MEMORY = true, OFFSET = true;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) { return line; }
@@ -142,7 +151,9 @@ void store_int8(const LowBit& low, float* row, int k, int k_padded, int block, c
   out.scale[index] = scale;
   auto* to = reinterpret_cast<int8_t*>(out.data + index * out.stride);
   const __m512 divisor = _mm512_set1_ps(scale);
-  const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  const __m128i order =
+      low.kind == LOW_INT4 ? _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)
+                           : _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
   for (int i = 0; i < k_padded; i += 16) {
     const __m512 x = _mm512_maskz_loadu_ps(lanes(k - i), row + i);
     const __m128i q = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_div_ps(x, divisor)));
@@ -172,7 +183,7 @@ void decode_pairs(const LowSpan& span, const uint8_t* panels, int64_t panel_stri
         const __m512i line = _mm512_loadu_si512(w);
         _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
         const auto store = [&](int i, __m512i weights) __attribute__((always_inline)) {
-          _mm512_storeu_si512(to + (n + Reader::LINES * i) * 64,
+          _mm512_storeu_si512(to + (n * Reader::LINE_VECTORS + i) * 64,
                               _mm512_sub_epi16(weights, zero));
         };
         store(0, Reader::template take<0>(line));

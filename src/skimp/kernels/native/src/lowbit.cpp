@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <cstdlib>
 
 #include "share.h"
 
@@ -39,12 +40,15 @@ void decode_f32(const LowSpan& span, const uint8_t* panels, int64_t panel_stride
 void tile_f32(const LowSpan& span, const LowRows& x, int row, int rows, const void* weights,
               int64_t stride, float* acc) {
   alignas(64) float part[TILE_ROWS * ACC_STRIDE];
-  current_kernels().tile_f32(x.data + row * x.stride + span.k0 * sizeof(float),
-                             x.stride / sizeof(float), rows, weights, stride / sizeof(float),
-                             span.num_panels, span.k1 - span.k0, part);
-  for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < span.num_panels * PANEL; ++i)
-      acc[r * ACC_STRIDE + i] += part[r * ACC_STRIDE + i];
+  for (int first = 0; first < rows; first += TILE_ROWS) {
+    const int count = std::min(rows - first, TILE_ROWS);
+    current_kernels().tile_f32(x.data + (row + first) * x.stride + span.k0 * sizeof(float),
+                               x.stride / sizeof(float), count, weights, stride / sizeof(float),
+                               span.num_panels, span.k1 - span.k0, part);
+    for (int r = 0; r < count; ++r)
+      for (int i = 0; i < span.num_panels * PANEL; ++i)
+        acc[(first + r) * ACC_STRIDE + i] += part[r * ACC_STRIDE + i];
+  }
 }
 
 constexpr LowKernels F32_KERNELS{4, 256, 4, 0, store_f32, decode_f32, nullptr, tile_f32};
@@ -153,11 +157,11 @@ void run_low_matmul(const MatmulOp& op, int rows, const Team& team) {
   const Range my_panels{my_units.first * unit, my_units.last * unit};
 
   const int64_t stride = low_bytes(op.low.kind, p.k);
-  const bool direct = rows <= kernels.direct_rows || !item;
+  static int force = getenv("DR") ? atoi(getenv("DR")) : 0;
+  const bool direct = rows <= (force ? force : kernels.direct_rows) || !item;
   const auto tile = direct ? kernels.direct : kernels.tile;
   for (int row0 = my_rows.first; row0 < my_rows.last; row0 += CHUNK_ROWS) {
     const int count = std::min(CHUNK_ROWS, my_rows.last - row0);
-    const int tiles = divide_up(count, TILE_ROWS);
     for (int panel = my_panels.first; panel < my_panels.last; panel += TILE_PANELS) {
       const int panels = std::min(TILE_PANELS, my_panels.last - panel);
       const auto* w = static_cast<const uint8_t*>(op.panels) + panel * stride;
@@ -167,12 +171,8 @@ void run_low_matmul(const MatmulOp& op, int rows, const Team& team) {
         const LowSpan span{&op.low, panel, panels, k0, k1, p.block, p.blocks_a_group};
         const uint8_t* from = w + low_bytes(op.low.kind, k0);
         if (!direct) kernels.decode(span, from, stride, decoded, item * most_k);
-        for (int t = 0; t < tiles; ++t) {
-          const Range part = share(count, t, tiles);
-          tile(span, x, row0 + part.first, part.last - part.first,
-               direct ? static_cast<const void*>(from) : decoded,
-               direct ? stride : item * most_k, acc + part.first * ACC_STRIDE);
-        }
+        tile(span, x, row0, count, direct ? static_cast<const void*>(from) : decoded,
+             direct ? stride : item * most_k, acc);
         k0 = k1;
       }
       for (int r = 0; r < count; ++r)

@@ -37,7 +37,7 @@ struct LowKernels {
   // A span of panels to panels [k1 - k0][16] of whatever tile wants.
   void (*decode)(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
                  int64_t out_stride);
-  // acc[row][panel][16] += x W over the span, for at most TILE_ROWS rows beginning with `row`.
+  // acc[row][panel][16] += x W over the span, for rows from `row` on.
   // Strides are in bytes; weights point at k0 of the first panel.
   void (*direct)(const LowSpan& span, const LowRows& x, int row, int rows, const void* weights,
                  int64_t stride, float* acc);

@@ -1,15 +1,17 @@
 // Register-blocked products with low-bit panels in AVX-512, whatever multiplies: the including
 // file says with `Product` what sums are and how they grow, and has readers for its weights.
 //
-// A reader has: LINE_VECTORS, operands that a 64-byte line holds; LINES to every 8 inputs;
-// FROM_MEMORY, whether lines come from far; OFFSET, whether the stored numbers have one; and
-// take<i>(line), operand i. An operand meets four bytes of a row, LINES * LINE_VECTORS of them
-// to every 8 inputs: operand i of line n the (n + LINES * i)th.
+// A reader has: LINES of 64 bytes to every 8 inputs; LINE_VECTORS, operands that a line holds;
+// take<i>(line), operand i, each of which meets the next four bytes of a row; SHIFT, by how many
+// bits of each lane operands lie apart, or 0 if that is not how to take them; FROM_MEMORY, whether
+// lines come from far; OFFSET, whether the stored numbers have one.
 #pragma once
 #include <immintrin.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "lowbit.h"
 #include "target.h"
@@ -48,32 +50,38 @@ SKIMP_FORCE __m512i zero_at(const LowBit& low, int64_t index) {
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(low.zeros + index)));
 }
 
-template <class Reader, int R, int P, int C, int I>
-SKIMP_FORCE void operand(const char* x, int64_t x_stride, const __m512i (&line)[P],
-                         typename Reader::Product::Sum (&sum)[C][R][P]) {
-  __m512i weights[P];
-#pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) weights[p] = Reader::template take<I>(line[p]);
+template <class Product, int R, int P>
+SKIMP_FORCE void multiply(const char* x, int64_t x_stride, const __m512i (&weights)[P],
+                          typename Product::Sum (&sum)[R][P]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     int four;
     std::memcpy(&four, x + r * x_stride, 4);
     const __m512i value = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-    for (int p = 0; p < P; ++p)
-      sum[I % C][r][p] = Reader::Product::add(sum[I % C][r][p], weights[p], value);
+    for (int p = 0; p < P; ++p) sum[r][p] = Product::add(sum[r][p], weights[p], value);
   }
+}
+
+template <class Reader, int R, int P, int C, int I = 0>
+SKIMP_FORCE void operands(const char* x, int64_t x_stride, const __m512i (&line)[P],
+                          typename Reader::Product::Sum (&sum)[C][R][P]) {
+  __m512i weights[P];
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) weights[p] = Reader::template take<I>(line[p]);
+  multiply<typename Reader::Product, R, P>(x, x_stride, weights, sum[I % C]);
   if constexpr (I + 1 < Reader::LINE_VECTORS)
-    operand<Reader, R, P, C, I + 1>(x + Reader::LINES * 4, x_stride, line, sum);
+    operands<Reader, R, P, C, I + 1>(x + 4, x_stride, line, sum);
 }
 
 // R rows by P panels over a span, block after block.
 template <class Reader, int R, int P>
-int micro(const Tile& t) {
+void micro(const Tile& t) {
   using Product = typename Reader::Product;
   // Integers may be summed in any order: with few sums two chains hide the latency.
   constexpr int C = Product::EXACT && Reader::LINE_VECTORS > 1 && R * P <= 6 ? 2 : 1;
-  constexpr int VECTORS = Reader::LINES * Reader::LINE_VECTORS;
+  // Many sums and an unrolled line are more than the compiler keeps in registers.
+  constexpr bool ROLLED = Reader::SHIFT > 0 && R * P > 10;
   const LowSpan& span = *t.span;
   const LowBit& low = *span.low;
   const char* x = t.x;
@@ -105,22 +113,33 @@ int micro(const Tile& t) {
     }
     // Near its end a panel's stream goes on in the next group of panels.
     const int64_t ahead = LOW_AHEAD + (w < turn ? 0 : (P - 1) * t.stride);
-    for (; k < end; k += LOW_ALIGN) {
+    for (int n = (end - k) / LOW_ALIGN * Reader::LINES; n > 0; --n) {
+      __m512i line[P];
 #pragma GCC unroll 4
-      for (int n = 0; n < Reader::LINES; ++n) {
-        __m512i line[P];
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p) {
-          const uint8_t* at = w + p * t.stride;
-          line[p] = _mm512_loadu_si512(at);
-          if constexpr (Reader::FROM_MEMORY)
-            _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
-        }
-        operand<Reader, R, P, C, 0>(x + n * 4, t.x_stride, line, sum);
-        w += 64;
+      for (int p = 0; p < P; ++p) {
+        const uint8_t* at = w + p * t.stride;
+        line[p] = _mm512_loadu_si512(at);
+        if constexpr (Reader::FROM_MEMORY)
+          _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
       }
-      x += VECTORS * 4;
+      if constexpr (ROLLED) {
+#pragma GCC unroll 1
+        for (int i = 0; i < Reader::LINE_VECTORS; ++i, x += 4) {
+          __m512i weights[P];
+#pragma GCC unroll 4
+          for (int p = 0; p < P; ++p) {
+            weights[p] = Reader::template take<0>(line[p]);
+            line[p] = _mm512_srli_epi16(line[p], Reader::SHIFT);
+          }
+          multiply<Product, R, P>(x, t.x_stride, weights, sum[0]);
+        }
+      } else {
+        operands<Reader, R, P, C>(x, t.x_stride, line, sum);
+        x += Reader::LINE_VECTORS * 4;
+      }
+      w += 64;
     }
+    k = end;
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
       const __m512 scale = scale_at(low, place + p * groups);
@@ -134,45 +153,41 @@ int micro(const Tile& t) {
     }
     if (k == group_end) group_end += low.group, place += PANEL;
   }
-  return P;
 }
 
-// Few rows take many panels, so that there are enough sums to hide the latency of a product.
-template <class Reader, int R>
-int micro_call(const Tile& t, int panels) {
-  if constexpr (R <= 5)
-    if (panels >= 4) return micro<Reader, R, 4>(t);
-  if (panels >= 2) return micro<Reader, R, 2>(t);
-  return micro<Reader, R, 1>(t);
+template <class Reader, int P>
+void row_blocks(const LowSpan& span, const LowRows& x, int row, int rows, const uint8_t* weights,
+                int64_t stride, float* acc) {
+  using Call = void (*)(const Tile&);
+  // Sums, weights and an input must fit 32 registers, and few rows take many panels, so that
+  // there are enough sums to hide the latency of a product.
+  constexpr int MOST = P == 4 ? 5 : 12;
+  static constexpr auto calls = []<int... R>(std::integer_sequence<int, R...>) {
+    return std::array<Call, MOST>{micro<Reader, R + 1, P>...};
+  }(std::make_integer_sequence<int, MOST>());
+  constexpr int ITEM = Reader::LINES * Reader::LINE_VECTORS * 4 / LOW_ALIGN;
+  const int parts = (rows + MOST - 1) / MOST;
+  for (int i = 0; i < parts; ++i) {
+    const int first = rows * i / parts, count = rows * (i + 1) / parts - first;
+    calls[count - 1]({&span, x.data + (row + first) * x.stride + span.k0 * ITEM, x.stride,
+                      x.sums + (row + first) * x.blocks, x.blocks, weights, stride,
+                      acc + first * ACC_STRIDE});
+  }
 }
 
 template <class Reader>
 void low_tile(const LowSpan& span, const LowRows& x, int row, int rows, const void* weights,
               int64_t stride, float* acc) {
-  using Call = int (*)(const Tile&, int);
-  static constexpr Call calls[] = {
-      micro_call<Reader, 1>, micro_call<Reader, 2>,  micro_call<Reader, 3>,
-      micro_call<Reader, 4>, micro_call<Reader, 5>,  micro_call<Reader, 6>,
-      micro_call<Reader, 7>, micro_call<Reader, 8>,  micro_call<Reader, 9>,
-      micro_call<Reader, 10>, micro_call<Reader, 11>, micro_call<Reader, 12>};
-  constexpr int MOST = 12;
-  constexpr int ITEM = Reader::LINES * Reader::LINE_VECTORS * 4 / LOW_ALIGN;
-  const int parts = (rows + MOST - 1) / MOST;
-  for (int i = 0; i < parts; ++i) {
-    const int first = rows * i / parts, count = rows * (i + 1) / parts - first;
-    LowSpan here = span;
-    for (int p = 0; p < span.num_panels;) {
-      here.panel = span.panel + p;
-      const Tile tile{&here,
-                      x.data + (row + first) * x.stride + span.k0 * ITEM,
-                      x.stride,
-                      x.sums + (row + first) * x.blocks,
-                      x.blocks,
-                      static_cast<const uint8_t*>(weights) + p * stride,
-                      stride,
-                      acc + first * ACC_STRIDE + p * PANEL};
-      p += calls[count - 1](tile, span.num_panels - p);
-    }
+  LowSpan here = span;
+  for (int p = 0; p < span.num_panels; p += here.num_panels) {
+    const int left = span.num_panels - p;
+    here.panel = span.panel + p;
+    here.num_panels = rows <= 5 && left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const auto* w = static_cast<const uint8_t*>(weights) + p * stride;
+    const auto blocks = here.num_panels == 4   ? row_blocks<Reader, 4>
+                        : here.num_panels == 2 ? row_blocks<Reader, 2>
+                                               : row_blocks<Reader, 1>;
+    blocks(here, x, row, rows, w, stride, acc + p * PANEL);
   }
 }
 

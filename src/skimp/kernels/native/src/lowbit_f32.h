@@ -8,7 +8,7 @@ namespace skimp {
 namespace {
 
 // Which of 8 inputs each piece of a 4-byte word is, from its lowest bits on.
-constexpr int BYTE_ORDER_OF[2][4] = {{0, 4, 1, 5}, {2, 6, 3, 7}};
+constexpr int BYTE_ORDER_OF[2][4] = {{0, 2, 1, 3}, {4, 6, 5, 7}};
 constexpr int NIBBLE_ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};
 
 // The largest absolute value; a NaN is larger than anything.

@@ -66,9 +66,10 @@ constexpr int K_ALIGN = 32;
 // Low-bit weights w = (q - zero) * scale lie in panels of 16 outputs too, in lines of 64 bytes:
 //   INT8, FP8  [panels][K padded to 8 / 4][16][4]   a byte a weight: q + 128, or the E4M3 bits
 //   INT4       [panels][K padded to 8 / 8][16][4]   two weights a byte, q + 8 each
-// Of every 8 inputs the 4-byte words of an output hold (0 4 1 5) and (2 6 3 7), INT4 the first
-// four in the low halves. So 16-bit lanes masked, or shifted and masked, are pairs of neighbours,
-// which is what VPDPWSSD wants, and bytes are fours for VPDPBUSD. Padding is zero.
+// Of every 8 inputs the words of an output hold (0 2 1 3) and (4 6 5 7), and INT4's one word
+// (0 4 1 5) in the low halves of its bytes and (2 6 3 7) in the high ones. So 16-bit lanes, masked
+// and shifted step by step, are pairs of neighbours in order, which is what VPDPWSSD wants, and
+// bytes are fours for VPDPBUSD. Padding is zero.
 enum LowKind : int32_t { LOW_NONE = 0, LOW_INT4 = 1, LOW_INT8 = 2, LOW_FP8 = 3 };
 // To what the inputs are rounded, each row with its own scale: amax / 127.5 or amax / 448, as
 // compressed-tensors does it. ROUND_NONE leaves the kernels free to use 16-bit fixed point.

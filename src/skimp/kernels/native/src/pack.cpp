@@ -106,7 +106,7 @@ LowPlace low_place(int kind, int64_t k) {
   const int64_t eight = k / LOW_ALIGN;
   const int i = k % LOW_ALIGN, pair = i / 2, half = i % 2;
   if (kind == LOW_INT4) return {eight * 64 + half * 2 + pair / 2, pair % 2 * 4};
-  return {eight * 128 + pair % 2 * 64 + half * 2 + pair / 2, 0};
+  return {eight * 128 + pair / 2 * 64 + half * 2 + pair % 2, 0};
 }
 
 void pack_low_rows(const PackOp& op, int first, int last) {
