@@ -122,7 +122,7 @@ def test_models_that_cannot_be_compared_are_refused() -> None:
         divergence(base, other, TEXT)
     other.tokenizer = base.tokenizer
     other.spec = other.spec.__class__(**{**vars(other.spec), "vocab_size": 7})
-    with pytest.raises(ValueError, match="vocab_size: 320 .* 7"):
+    with pytest.raises(ValueError, match=r"vocab_size: 320 .* 7"):
         divergence(base, other, TEXT)
     other.spec = base.spec.__class__(**{**vars(base.spec), "bos_token_id": 9})
     with pytest.raises(ValueError, match="bos_token_id"):
