@@ -31,7 +31,7 @@ class PromptReader(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Scores:
     """Natural log-probabilities (float64 [k]) of a prompt's last k tokens, each given its past,
-    and whether each was the likeliest one (bool [k])."""
+    and whether no token was likelier (bool [k])."""
 
     logprobs: np.ndarray
     greedy: np.ndarray
@@ -64,12 +64,14 @@ class ScoreTokens:
     def read(self, logits: Tensor) -> None:
         done = len(self._logprobs)
         targets = torch.tensor(self._targets[done : done + logits.shape[0]], device=logits.device)
-        chosen = logits.gather(-1, targets[:, None])[:, 0].double()
-        logprobs = chosen - torch.logsumexp(logits.double(), dim=-1)
+        most = logits.amax(dim=-1, keepdim=True)
+        chosen = (logits.gather(-1, targets[:, None]) - most)[:, 0]
+        # The sum runs over values below 1: float32 does, at a tenth of the time of float64.
+        logprobs = chosen.double() - (logits - most).exp_().sum(dim=-1).double().log()
         if not bool(torch.isfinite(logprobs).all()):
             raise ValueError("non-finite log-probability of a prompt token")
         self._logprobs += logprobs.tolist()
-        self._greedy += (logits.argmax(dim=-1) == targets).tolist()
+        self._greedy += (chosen == 0).tolist()
 
     def scores(self) -> Scores:
         return Scores(logprobs=np.array(self._logprobs), greedy=np.array(self._greedy, dtype=bool))
