@@ -4,7 +4,7 @@ a layer's share lies, and how far back from a boundary a page is still needed.""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from skimp.cache.spec import CacheSpec
@@ -133,10 +133,12 @@ class CacheLayout:
     groups: tuple[CacheGroup, ...]
     page_tokens: int
     _place: tuple[tuple[int, int], ...] = field(repr=False)  # per layer: group, rank in it
+    _recent: tuple[tuple[int, int] | None, ...] = field(repr=False)  # of its newest tokens
 
     @classmethod
     def from_specs(cls, specs: Sequence[CacheSpec], page_tokens: int = 16) -> CacheLayout:
-        """Group layers with equal specs; ``specs`` has one entry per layer, in order.
+        """Group layers with equal specs; ``specs`` has one entry per layer, in order. What a
+        layer keeps of its newest tokens (``CacheSpec.recent``) is a member of a group by itself.
 
         Raises ValueError for no layers, page_tokens < 1, or a spec that cannot be paged.
         """
@@ -145,13 +147,19 @@ class CacheLayout:
         if page_tokens < 1:
             raise ValueError(f"page_tokens must be at least 1, got {page_tokens}")
         members: dict[CacheSpec, list[int]] = {}
-        place = []
-        for layer, spec in enumerate(specs):
+
+        def join(layer: int, spec: CacheSpec) -> tuple[int, int]:
             if spec.bytes_per_token < 1:
                 raise ValueError(f"layer {layer}: bytes_per_token is {spec.bytes_per_token}")
             layers = members.setdefault(spec, [])
-            place.append((list(members).index(spec), len(layers)))
             layers.append(layer)
+            return list(members).index(spec), len(layers) - 1
+
+        place: list[tuple[int, int]] = []
+        recent: list[tuple[int, int] | None] = []
+        for layer, spec in enumerate(specs):
+            place.append(join(layer, replace(spec, recent=None)))
+            recent.append(None if spec.recent is None else join(layer, spec.recent))
         groups = tuple(
             CacheGroup(
                 index=i,
@@ -162,21 +170,28 @@ class CacheLayout:
             )
             for i, (spec, layers) in enumerate(members.items())
         )
-        return cls(groups=groups, page_tokens=page_tokens, _place=tuple(place))
+        return cls(
+            groups=groups, page_tokens=page_tokens, _place=tuple(place), _recent=tuple(recent)
+        )
 
     def layer_cache(self, layer: int) -> LayerCache:
-        """Where a layer's share of its group's page lies."""
+        """Where a layer's share of its group's page lies, and that of its newest tokens."""
         # Imported here because the kernel interface itself imports this package's spec.
         from skimp.kernels.ops import LayerCache
 
-        index, rank = self._place[layer]
-        group = self.groups[index]
-        return LayerCache(
-            spec=group.spec,
-            group=index,
-            offset=rank * group.layer_bytes,
-            page_tokens=group.page_tokens,
-        )
+        def at(place: tuple[int, int], recent: LayerCache | None) -> LayerCache:
+            index, rank = place
+            group = self.groups[index]
+            return LayerCache(
+                spec=group.spec,
+                group=index,
+                offset=rank * group.layer_bytes,
+                page_tokens=group.page_tokens,
+                recent=recent,
+            )
+
+        newest = self._recent[layer]
+        return at(self._place[layer], None if newest is None else at(newest, None))
 
     def pages_needed(self, length: int, step: int = 1) -> tuple[int, ...]:
         """Per group, the most pages one sequence holds at once while it grows to ``length``

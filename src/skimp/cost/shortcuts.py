@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from skimp.cache.spec import CacheSpec
+from skimp.cache.spec import DEFAULT_RECENT, FORMAT_BITS, CacheSpec, vector_bytes
 from skimp.cost.hardware import Hardware, StepTime, predict
 from skimp.cost.memory import MemoryPlan, memory_plan
 from skimp.cost.work import (
@@ -149,8 +149,8 @@ def compare(
         attempt("fp8 weights", lambda: _weights(work, FP8, head=True))
     else:
         found.append(Inapplicable(name="fp8 weights", reason=f"no fp8 products on {hardware.name}"))
-    attempt("int8 cache", lambda: _cache_bits(work, 8))
-    attempt("int4 cache", lambda: _cache_bits(work, 4))
+    attempt("int8 cache", lambda: _cache_format(work, "int8"))
+    attempt("int4 cache", lambda: _cache_format(work, "int4"))
     a = assumptions
     found.append(
         outcome(
@@ -193,22 +193,22 @@ def _fewer_heads(spec: ModelSpec, work: ModelWork, wanted: int | None) -> tuple[
         if target >= now:
             raise _NoGain(f"already {now} KV head{'s' if now > 1 else ''}")
         text = f"{now} to {target} KV heads"
-        ratio = target / now
-        cache = work.mixers[i].cache
-        mixers[i] = replace(
-            work.mixers[i],
-            cache=replace(
-                cache,
-                bytes_per_token=round(cache.bytes_per_token * ratio),
-                shape=(target, *cache.shape[1:]),
-            ),
-        )
+        mixers[i] = replace(work.mixers[i], cache=_with_heads(work.mixers[i].cache, target))
         names = {f"layers.{i}.mixer.k_proj", f"layers.{i}.mixer.v_proj"}
         matrices = [
             replace(m, out_features=target * mixer.head_dim) if m.name in names else m
             for m in matrices
         ]
     return text, replace(work, mixers=tuple(mixers), matrices=tuple(matrices))
+
+
+def _with_heads(cache: CacheSpec, heads: int) -> CacheSpec:
+    return replace(
+        cache,
+        bytes_per_token=round(cache.bytes_per_token * heads / cache.shape[0]),
+        shape=(heads, *cache.shape[1:]),
+        recent=None if cache.recent is None else _with_heads(cache.recent, heads),
+    )
 
 
 def latent_attention(work: ModelWork, index: int, heads: int, head_dim: int) -> ModelWork:
@@ -282,17 +282,21 @@ def _weights(work: ModelWork, form: WeightFormat, *, head: bool) -> tuple[str, M
     return f"{arithmetic(form)}, {scale}{kept}", replace(work, matrices=tuple(matrices))
 
 
-def _cache_bits(work: ModelWork, bits: int) -> tuple[str, ModelWork]:
+def _cache_format(work: ModelWork, format: str) -> tuple[str, ModelWork]:
+    """The cache that the engine would make of ``cache_dtype`` alone."""
+    bits, recent = FORMAT_BITS[format], DEFAULT_RECENT[format]
     mixers = []
     for m in work.mixers:
         cache = m.cache
-        now = 8 * item_bytes(cache.dtype)
-        # One 16-bit scale a head and token for keys, one for values.
-        stored = bits + (16 / cache.shape[-1] if cache.shape else 0.5)
-        if stored < now:
-            smaller = int(cache.bytes_per_token * stored / now)
-            m = replace(m, cache=replace(cache, bytes_per_token=smaller))
-        mixers.append(m)
+        if cache.kind == "kv" and cache.format is None:
+            cache = cache.rounded(format, recent=recent, hadamard=format == "int4")
+        elif cache.format is not None and FORMAT_BITS[cache.format] > bits:
+            heads, head_dim = cache.shape
+            smaller = 2 * heads * vector_bytes(head_dim, format)
+            cache = replace(cache, bytes_per_token=smaller, format=format)
+        mixers.append(replace(m, cache=cache))
     if tuple(mixers) == work.mixers:
         raise _NoGain("the cache is no larger now")
-    return f"{bits} bits, a 16-bit scale a head and token", replace(work, mixers=tuple(mixers))
+    kept = f", newest {recent} tokens kept" if recent else ""
+    text = f"{bits} bits, a 16-bit scale a head and token{kept}"
+    return text, replace(work, mixers=tuple(mixers))

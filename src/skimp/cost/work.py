@@ -111,21 +111,13 @@ class ModelWork:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one more token adds to the cache while no window is full."""
+        """What one more token adds to the cache while no window is full; what is kept of the
+        newest tokens besides is a fixed amount, and counted by :meth:`cache_bytes`."""
         return sum(m.cache.bytes_per_token for m in self.mixers)
 
     def cache_bytes(self, context: int, *, page_tokens: int = 1) -> int:
         """Cache bytes that a sequence of ``context`` tokens holds, in whole pages."""
-        total = 0
-        for mixer in self.mixers:
-            spec = mixer.cache
-            held = context
-            if spec.horizon is not None and context > spec.horizon:
-                # A window that slides over page borders touches one page more than it fills.
-                held = min(context, spec.horizon + (page_tokens if page_tokens > 1 else 0))
-            pages = -(-held // page_tokens)
-            total += pages * page_tokens * spec.bytes_per_token + spec.bytes_per_sequence
-        return total
+        return sum(_held_bytes(mixer.cache, context, page_tokens) for mixer in self.mixers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,7 +354,7 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
         for step, count in counts.items():
             n = layers * count
             read[name] += n * _cache_read(cache, step)
-            wrote[name] += n * (step.tokens * cache.bytes_per_token + cache.bytes_per_sequence)
+            wrote[name] += n * _cache_written(cache, step)
             flops[name] += n * (
                 mixer.flops_per_pair * _pairs(step, cache.horizon)
                 + mixer.flops_per_token * step.tokens
@@ -390,12 +382,33 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
     )
 
 
+def _held_bytes(cache: CacheSpec, context: int, page_tokens: int) -> int:
+    """What a layer holds of a sequence, in whole pages."""
+    held = context
+    if cache.horizon is not None and context > cache.horizon:
+        # A window that slides over page borders touches one page more than it fills.
+        held = min(context, cache.horizon + (page_tokens if page_tokens > 1 else 0))
+    pages = -(-held // page_tokens)
+    newest = 0 if cache.recent is None else _held_bytes(cache.recent, context, page_tokens)
+    return pages * page_tokens * cache.bytes_per_token + cache.bytes_per_sequence + newest
+
+
 def _cache_read(cache: CacheSpec, step: SequenceStep) -> float:
     """Bytes of the union of what the step's rows see: the first of them reaches furthest back."""
     if cache.horizon is None:
-        return cache.bytes_read(step.context)
-    tokens = min(step.context, cache.horizon + step.tokens - 1)
-    return tokens * cache.bytes_per_token + cache.bytes_per_sequence
+        tokens = step.context
+    else:
+        tokens = min(step.context, cache.horizon + step.tokens - 1)
+    newest = 0.0
+    if cache.recent is not None:  # the last row sees most of the rounded past
+        tokens -= cache.recent.tokens_read(step.context)
+        newest = _cache_read(cache.recent, step)
+    return tokens * cache.bytes_per_token + newest + cache.bytes_per_sequence
+
+
+def _cache_written(cache: CacheSpec, step: SequenceStep) -> float:
+    newest = 0.0 if cache.recent is None else _cache_written(cache.recent, step)
+    return step.tokens * cache.bytes_per_token + newest + cache.bytes_per_sequence
 
 
 def _pairs(step: SequenceStep, horizon: int | None) -> int:

@@ -27,6 +27,7 @@ from skimp.engine.request import Request, RequestOutput, Sequence
 from skimp.engine.runner import Runner
 from skimp.engine.scheduler import Scheduler, Work
 from skimp.errors import OptionError, RequestError
+from skimp.model.caches import cache_specs
 from skimp.model.decoder import Decoder
 from skimp.model.loading import load_decoder
 from skimp.model.locate import locate_model
@@ -57,7 +58,13 @@ class Engine:
         self.decoder = decoder
         self.dtype = decoder.dtype
         dtype = str(decoder.dtype).removeprefix("torch.")
-        specs = decoder.cache_specs()
+        specs = cache_specs(
+            decoder.spec,
+            dtype,
+            cache_dtype=options.cache_dtype,
+            cache_recent=options.cache_recent,
+            cache_hadamard=options.cache_hadamard,
+        )
         self.work = model_work(decoder.spec, specs, dtype=dtype)
         self.max_context = _max_context(decoder, options)
         layout = CacheLayout.from_specs(specs, page_tokens=options.page_tokens)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from skimp.errors import OptionError
+from skimp.model.caches import CacheDType
 
 Backend = Literal["auto", "native", "plain"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
@@ -21,6 +22,12 @@ class EngineOptions:
     tokens independent of what else is in the batch, bit by bit; float32 on the native backend is
     so anyway. ``max_context`` defaults to the model's own limit. ``page_tokens`` must be a multiple
     of 16 on the native backend.
+
+    ``cache_dtype`` is how keys and values are remembered: ``auto`` (what the checkpoint asks for,
+    else as the weights), ``bfloat16``, ``float32``, or rounded to ``fp8``, ``int8`` or ``int4``;
+    ``cache_recent`` newest tokens are then kept at full precision beside the rounded past (None:
+    64 at four bits, 0 at eight), and ``cache_hadamard`` turns keys and values before they are
+    rounded (None: at four bits).
     """
 
     dtype: DTypeName = "auto"
@@ -31,6 +38,9 @@ class EngineOptions:
     token_budget: int = 512
     max_context: int | None = None
     page_tokens: int = 16
+    cache_dtype: CacheDType = "auto"
+    cache_recent: int | None = None
+    cache_hadamard: bool | None = None
     prefix_cache: bool = True
     backend: Backend = "auto"
     deterministic: bool = False
@@ -49,14 +59,20 @@ class EngineOptions:
                 raise OptionError(f"{name}: expected true or false, got {getattr(self, name)!r}")
         self._check_choice("dtype", get_args(DTypeName))
         self._check_choice("backend", get_args(Backend))
+        self._check_choice("cache_dtype", get_args(CacheDType))
+        if self.cache_recent is not None:
+            self._check_count("cache_recent", self.cache_recent, least=0)
+        if not isinstance(self.cache_hadamard, bool | None):
+            got = f"got {self.cache_hadamard!r}"
+            raise OptionError(f"cache_hadamard: expected true, false or none, {got}")
         if self.device not in ("cpu", "cuda"):
             raise OptionError(f"device: expected cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and self.backend == "native":
             raise OptionError("backend: native kernels run on the cpu, but device is cuda")
 
-    def _check_count(self, name: str, value: Any) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise OptionError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    def _check_count(self, name: str, value: Any, *, least: int = 1) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise OptionError(f"{name}: expected a whole number of at least {least}, got {value!r}")
 
     def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         if getattr(self, name) not in allowed:

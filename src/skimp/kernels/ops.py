@@ -65,13 +65,16 @@ class StepInputs:
 class LayerCache:
     """Where one layer's share of a cache page lies: page start + ``offset`` bytes.
 
-    How keys and values are laid out there is private to a backend.
+    How keys and values are laid out there is private to a backend. ``recent`` is where the newest
+    tokens lie at full precision, beside the rounded ones: a query at position p reads those at
+    positions > p - recent.spec.horizon there.
     """
 
     spec: CacheSpec
     group: int  # index into StepInputs.block_tables
     offset: int
     page_tokens: int
+    recent: LayerCache | None = None
 
 
 @dataclass

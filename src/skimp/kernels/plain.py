@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skimp.cache.formats import hadamard
 from skimp.formats.weight import QuantizedWeight
+from skimp.kernels import cache_rows
+from skimp.kernels.cache_rows import CachedRows
 from skimp.kernels.lowbit import lowbit_linear
-from skimp.kernels.ops import AttentionParams, LayerCache, PackLayout, StepInputs
+from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
 from skimp.model.layers import Linear, RMSNorm
 from skimp.model.spec import Activation
 
@@ -194,34 +197,41 @@ class PlainOps:
             cos, sin = params.rope[0][positions], params.rope[1][positions]
             q = apply_rope(q, cos, sin, interleaved=spec.rope.interleaved)
             k = apply_rope(k, cos, sin, interleaved=spec.rope.interleaved)
-        k, v = k.to(dtype), v.to(dtype)
+        turned = False
         if step.arena is not None:
             assert params.cache is not None, "the decoder was bound without a cache"
-            _append(k, v, params.cache, step)
+            turned = params.cache.spec.hadamard
+            if turned:
+                q, k, v = hadamard(q), hadamard(k), hadamard(v)
+            cache_rows.write(k, v, params.cache, step)
+        k, v = k.to(dtype), v.to(dtype)
         out = torch.empty_like(q)
-        for rows, keys, values, key_positions in _sequences(k, v, params, step):
-            out[rows] = self._attend(q[rows], keys, values, key_positions, rows, params, step)
-        return out.flatten(1).to(dtype)
+        for rows, seen in _sequences(k, v, params, step):
+            out[rows] = self._attend(q[rows], seen, rows, params, step)
+        return (hadamard(out) if turned else out).flatten(1).to(dtype)
 
     def _attend(
         self,
         q_RHK: Tensor,
-        keys_TGK: Tensor,
-        values_TGK: Tensor,
-        key_positions: Tensor,
+        seen: CachedRows,
         rows: slice,
         params: AttentionParams,
         step: StepInputs,
     ) -> Tensor:
         """One sequence: R rows over T keys of G key-value heads; float32 [R, H, K]."""
         spec = params.spec
-        ends, positions = step.kv_end[rows], step.positions[rows]
-        mask = key_positions[None, :] < ends[:, None]
+        ends, positions = step.kv_end[rows, None], step.positions[rows, None]
+        mask = seen.positions < ends
         if spec.window is not None:
-            mask &= key_positions[None, :] > positions[:, None] - spec.window
+            mask &= seen.positions > positions - spec.window
+        if seen.recent is not None:
+            assert params.cache is not None and params.cache.recent is not None
+            horizon = params.cache.recent.spec.horizon
+            assert horizon is not None
+            mask &= (seen.positions > positions - horizon) == seen.recent
         group = spec.num_heads // spec.num_kv_heads
-        keys = keys_TGK.float().repeat_interleave(group, dim=1)
-        values = values_TGK.float().repeat_interleave(group, dim=1)
+        keys = seen.keys.float().repeat_interleave(group, dim=1)
+        values = seen.values.float().repeat_interleave(group, dim=1)
         sinks = params.sinks
         if self.deterministic:
             outs = [
@@ -254,64 +264,19 @@ def _weight(linear: Linear) -> Tensor:
     return linear.weight
 
 
-def _flat(arena: Tensor, dtype: torch.dtype) -> Tensor:
-    return arena[: arena.numel() - arena.numel() % dtype.itemsize].view(dtype)
-
-
-def _cache_index(cache: LayerCache, step: StepInputs, seq: Tensor, positions: Tensor) -> Tensor:
-    """Element index of head 0, dim 0 of the keys of each (seq, position), in the flat arena."""
-    itemsize = getattr(torch, cache.spec.dtype).itemsize
-    tokens = cache.page_tokens
-    table = step.block_tables[cache.group]
-    pages = table[seq.to(torch.int64), (positions // tokens).to(torch.int64)].to(torch.int64)
-    return (pages * 64 + cache.offset) // itemsize + (positions % tokens) * cache.spec.shape[1]
-
-
-def _head_steps(cache: LayerCache, device: torch.device) -> Tensor:
-    """Offsets from a token's base index to its [kv_heads, head_dim] elements."""
-    heads, dim = cache.spec.shape
-    head = torch.arange(heads, device=device)[:, None] * (cache.page_tokens * dim)
-    return head + torch.arange(dim, device=device)[None, :]
-
-
-def _append(k_RGK: Tensor, v_RGK: Tensor, cache: LayerCache, step: StepInputs) -> None:
-    assert step.arena is not None
-    flat = _flat(step.arena, k_RGK.dtype)
-    base = _cache_index(cache, step, step.row_seq, step.positions)
-    index = base[:, None, None] + _head_steps(cache, base.device)
-    heads, dim = cache.spec.shape
-    flat[index] = k_RGK
-    flat[index + heads * dim * cache.page_tokens] = v_RGK
-
-
 def _sequences(
     k_RGK: Tensor, v_RGK: Tensor, params: AttentionParams, step: StepInputs
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """For each sequence of the step: its rows, the keys and values they may see, positions."""
+) -> Iterator[tuple[slice, CachedRows]]:
+    """For each sequence of the step: its rows, and the keys and values that they may see."""
     starts = step.seq_starts.tolist()
     for first, last in itertools.pairwise(starts):
         rows = slice(first, last)
         if step.arena is None:
-            yield rows, k_RGK[rows], v_RGK[rows], step.positions[rows]
+            seen = CachedRows(keys=k_RGK[rows], values=v_RGK[rows], positions=step.positions[rows])
+            yield rows, seen
             continue
-        cache, window = params.cache, params.spec.window
-        assert cache is not None
-        low = 0 if window is None else max(0, int(step.positions[first]) - window + 1)
-        low -= low % KEY_BLOCK  # blocks lie at absolute positions, whatever the step asks for
-        high = int(step.kv_end[rows].max())
-        positions = torch.arange(low, high, device=k_RGK.device)
-        seq = step.row_seq[first].expand(high - low)
-        # Pages before a window may have been freed: their stale entries are masked, never used.
-        index = _cache_index(cache, step, seq, positions)[:, None, None]
-        index = index + _head_steps(cache, index.device)
-        flat = _flat(step.arena, k_RGK.dtype)
-        heads, dim = cache.spec.shape
-        keys, values = flat[index], flat[index + heads * dim * cache.page_tokens]
-        if window is not None:
-            visible = positions > int(step.positions[first]) - window
-            values = values.masked_fill(~visible[:, None, None], 0)
-            keys = keys.masked_fill(~visible[:, None, None], 0)
-        yield rows, keys, values, positions
+        assert params.cache is not None
+        yield rows, cache_rows.read(params.cache, step, rows, KEY_BLOCK)
 
 
 def _row_by_blocks(

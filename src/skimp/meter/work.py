@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from skimp.cost import ModelWork, model_work
 
@@ -11,18 +11,20 @@ if TYPE_CHECKING:
     from skimp.model.spec import ModelSpec
 
 
-def spec_work(spec: ModelSpec, dtype: str | None = None) -> ModelWork:
-    """The work of a model that is only described; ``dtype`` defaults to its checkpoint's."""
+def spec_work(spec: ModelSpec, dtype: str | None = None, **cache: Any) -> ModelWork:
+    """The work of a model that is only described; ``dtype`` defaults to its checkpoint's.
+
+    ``cache`` are the cache options of :func:`~skimp.model.caches.cache_specs`.
+    """
     import torch
 
-    from skimp.model.mixers.attention import cache_spec
+    from skimp.model.caches import cache_specs
 
     dtype = spec.dtype if dtype is None else dtype
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"dtype: {dtype!r} is not a dtype")
-    caches = [cache_spec(layer.mixer, kind) for layer in spec.layers]
-    return model_work(spec, caches, dtype=dtype)
+    return model_work(spec, cache_specs(spec, dtype, **cache), dtype=dtype)
 
 
 def engine_threads(engine: Engine) -> int:

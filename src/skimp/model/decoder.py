@@ -61,7 +61,8 @@ class Decoder(nn.Module):
         return self.norm.weight.dtype
 
     def cache_specs(self, dtype: torch.dtype | None = None) -> list[CacheSpec]:
-        """What each layer remembers, in layer order; ``dtype`` defaults to the weights'."""
+        """What each layer remembers at full precision, in layer order; ``dtype`` defaults to the
+        weights'. Low-bit caches: ``model/caches.py``."""
         return [cache_spec(layer.mixer, dtype or self.dtype) for layer in self.spec.layers]
 
     def bind(
