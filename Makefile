@@ -20,6 +20,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(BIN)/skimp info tales
 	$(BIN)/skimp generate tales "Once upon a time there was a little fox who" --max-tokens 160 --temperature 0.7 --seed 42
+	rm -rf build/tales-int4
+	$(BIN)/skimp shrink tales recipes/int4-hqq.yaml -o build/tales-int4
+	$(BIN)/skimp price tales build/tales-int4 --batch 1,8 --context 128 --rounds 2 --max-bytes 40k
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"

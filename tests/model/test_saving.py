@@ -93,7 +93,8 @@ def test_companions(tmp_path: Path) -> None:
     for name in (*wanted, "modeling.py", "pytorch_model.bin", "config.json", "other.safetensors"):
         (source / name).write_text(f"{name}\n")
     out = save_checkpoint(tmp_path / "out", spec, random_decoder(spec), tokenizer_files_from=source)
-    assert {f.name for f in out.iterdir()} == {*wanted, "config.json", "model.safetensors"}
+    written = {*wanted, "config.json", "model.safetensors", "skimp_manifest.json"}
+    assert {f.name for f in out.iterdir()} == written
     assert (out / "merges.txt").read_text() == "merges.txt\n"
     (source / "tokenizer.json").unlink()
     (source / "tokenizer.json").symlink_to("/etc/hostname")
