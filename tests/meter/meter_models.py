@@ -16,7 +16,7 @@ class Bytes:
 
     eos_ids = (0,)
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+    def encode(self, text: str, **options: bool) -> list[int]:
         return [b + 1 for b in text.encode()]
 
     encode_plain = encode

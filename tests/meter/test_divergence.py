@@ -114,7 +114,7 @@ def test_models_that_cannot_be_compared_are_refused() -> None:
     base = tiny_engine()
 
     class Letters(Bytes):
-        def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        def encode(self, text: str, **options: bool) -> list[int]:
             return [b + 2 for b in text.encode()]
 
     other = Engine(noisy_decoder(), Letters(), EngineOptions(max_batch=2, max_context=128))

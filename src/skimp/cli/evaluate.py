@@ -1,12 +1,15 @@
-"""``skimp eval``: bits per byte of a text."""
+"""``skimp eval``: bits per byte of a text, and scores of tasks."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from skimp.cli import options as opt
+
+if TYPE_CHECKING:
+    from skimp.meter.tasks import Generation, TaskResult
 
 FEW_BLOCKS = 10  # a bootstrap over fewer passages says little
 
@@ -16,16 +19,55 @@ def evaluate(
     text: Annotated[
         str | None,
         typer.Option(
-            "--text", help="UTF-8 text file; the packaged one by default.", metavar="FILE"
+            "--text",
+            help="UTF-8 text file; the packaged one if no task is given either.",
+            metavar="FILE",
         ),
     ] = None,
     context: Annotated[
         str | None,
-        typer.Option(help="Longest window; the model's context by default.", metavar="TOKENS"),
+        typer.Option(
+            help="Longest window of text; the model's context by default.", metavar="TOKENS"
+        ),
     ] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(help="Score only the beginning, e.g. 200k.", metavar="BYTES")
+        str | None,
+        typer.Option(help="Score only the text's beginning, e.g. 200k.", metavar="BYTES"),
     ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", help="Task file, .jsonl or .jsonl.xz; repeatable.", metavar="FILE"),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="minimal-pair, choice, last-word or generate; told by the fields by default.",
+            metavar="KIND",
+        ),
+    ] = None,
+    max_items: Annotated[
+        str | None,
+        typer.Option(help="Draw that many items of each task by the seed.", metavar="N"),
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(help="generate: solved examples before each question; 0.", metavar="N"),
+    ] = None,
+    max_tokens: Annotated[
+        str | None, typer.Option(help="generate: longest answer; 256.", metavar="N")
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="generate: prompt with {question} in it; \\n is a line's end."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="generate: text that ends an answer; repeatable.", metavar="TEXT"),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="generate: ask through the model's chat template.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of items drawn and intervals.", metavar="N")] = 0,
     dtype: opt.DType = "auto",
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
@@ -33,43 +75,125 @@ def evaluate(
     json_output: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Measure bits per byte of a text.
+    """Measure bits per byte of a text, or what a model gets right.
 
-    Lower is better, whatever the tokenizer; a 95 % interval comes with it. Documents are parted by
-    lines that read <|endoftext|>. Long ones are scored in windows that overlap by half.
+    Bits per byte: lower is better, whatever the tokenizer. Documents are parted by lines that read
+    <|endoftext|>; long ones are scored in windows that overlap by half. Tasks: minimal pairs
+    (sentence_good, sentence_bad), multiple choice (context, options, label), last words (context,
+    target), and answers that are a number (question, answer). Every score has a 95 % interval.
 
     \b
     Examples:
       skimp eval tales
       skimp eval ./model --text novel.txt --max-bytes 200k --json
+      skimp eval ./model --task blimp.jsonl.xz --task gsm8k.jsonl --shots 4 --max-items 500
     """
     from skimp.cli.models import load_engine
-    from skimp.cli.output import note, print_json, progress_bar
+    from skimp.cli.output import print_json, progress_bar
     from skimp.meter.quality import evaluate as run
+    from skimp.meter.taskfiles import read_task
+    from skimp.meter.tasks import run_task
 
+    names = task or []
+    if names and text is None:
+        _refuse("is of the text, but only tasks are given", context=context, max_bytes=max_bytes)
+    if not names:
+        _refuse("needs a --task", kind=kind, max_items=max_items)
+    items = None if max_items is None else opt.parse_count(max_items, "max_items")
+    tasks = [read_task(name, kind=kind, max_items=items, seed=seed) for name in names]
+    asked = {
+        "shots": shots,
+        "max_tokens": None if max_tokens is None else opt.parse_count(max_tokens, "max_tokens"),
+        "template": None if template is None else template.replace("\\n", "\n"),
+        "stop": None if stop is None else tuple(s.replace("\\n", "\n") for s in stop),
+        "chat": chat or None,
+    }
+    if all(one.kind != "generate" for one in tasks):
+        _refuse("needs a --task that generates", **asked)
+    generation = _generation(asked)
     window = None if context is None else opt.parse_count(context, "context")
     limit = None if max_bytes is None else opt.parse_count(max_bytes, "max_bytes")
     options = opt.engine_options(
-        dtype=dtype, device=device, threads=threads, backend=backend, max_batch=2
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        backend=backend,
+        max_batch=32 if tasks else 2,
     )
-    content = read_text(text)
+    content = read_text(text) if text is not None or not names else None
     engine = load_engine(model, options)
-    with progress_bar("scoring", not (quiet or json_output)) as progress:
-        result = run(engine, content, context=window, max_bytes=limit, progress=progress)
-    if result.blocks < FEW_BLOCKS:
-        note(
-            f"note: the text has only {result.blocks} passages to draw from, so its interval says "
-            "little"
-        )
+    found: dict[str, Any] = {}
+    shown = not (quiet or json_output)
+    if content is not None:
+        with progress_bar("scoring", shown) as progress:
+            result = run(
+                engine, content, context=window, max_bytes=limit, seed=seed, progress=progress
+            )
+        found = result.as_dict()
+        _note_few(result.blocks)
+        if not json_output:
+            low, high = result.ci95
+            print(
+                f"{result.bits_per_byte:.4f} bits per byte "
+                f"(95 % interval {low:.4f} to {high:.4f}; perplexity {result.perplexity:.4g}; "
+                f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents)"
+            )
+    results = []
+    for one in tasks:
+        with progress_bar(one.name, shown) as progress:
+            results.append(
+                run_task(engine, one, generation=generation, seed=seed, progress=progress)
+            )
     if json_output:
-        print_json(result.as_dict())
-        return
-    low, high = result.ci95
-    print(
-        f"{result.bits_per_byte:.4f} bits per byte "
-        f"(95 % interval {low:.4f} to {high:.4f}; {result.tokens:,} tokens, "
-        f"{result.bytes:,} bytes, {result.documents:,} documents)"
-    )
+        print_json(found | ({"tasks": [r.as_dict() for r in results]} if tasks else {}))
+    elif results:
+        _print_tasks(results)
+
+
+def _generation(asked: dict[str, Any]) -> Generation:
+    from skimp.meter.tasks import Generation
+
+    return Generation(**{name: value for name, value in asked.items() if value is not None})
+
+
+def _refuse(why: str, **options: object) -> None:
+    """What is given and would have no effect is an error."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: {why}")
+
+
+def _note_few(blocks: int) -> None:
+    from skimp.cli.output import note
+
+    if blocks < FEW_BLOCKS:
+        note(f"note: the text has only {blocks} passages to draw from, so its interval says little")
+
+
+def _print_tasks(results: list[TaskResult]) -> None:
+    from skimp.cli.output import note, print_table
+
+    rows = []
+    for result in results:
+        for name, score in result.scores.items():
+            low, high = score.ci95
+            chance = "" if score.chance is None else f"{score.chance:.3f}"
+            figures = [f"{score.value:.3f}", f"{low:.3f} to {high:.3f}", chance, f"{score.n:,}"]
+            rows.append([f"{result.name}: {name}", *figures])
+        for by in ("field", "linguistics_term"):
+            for part, score in result.groups.get(by, {}).items():
+                low, high = score.ci95
+                figures = [f"{score.value:.3f}", f"{low:.3f} to {high:.3f}", f"{score.chance:.3f}"]
+                rows.append([f"  {by} {part}", *figures, f"{score.n:,}"])
+    print_table("", ["score", "value", "95 % interval", "chance", "items"], rows)
+    for result in results:
+        if result.cut:
+            note(f"note: {result.name}: {result.cut} items lost the beginning of their context")
+        if result.notes.get("unfinished"):
+            note(
+                f"note: {result.name}: {result.notes['unfinished']} of {result.n} answers ended at "
+                f"max_tokens {result.notes['max_tokens']}"
+            )
 
 
 def read_text(name: str | None) -> str:

@@ -30,17 +30,24 @@ class Continuation:
     cut: bool
 
 
-def encode_continuation(engine: Engine, context: str, continuation: str) -> Continuation:
+def encode_continuation(
+    engine: Engine, context: str, continuation: str, *, templated: bool = False
+) -> Continuation:
     """A text that goes on. An empty context is the model's begin token, or else its first end token
-    (see ``quality.first_token``). Raises ValueError when the continuation alone is too long."""
+    (see ``quality.first_token``). ``templated``: a chat template wrote the text, its begin token
+    and other control tokens included. Raises ValueError when the continuation alone is too long."""
     tokenizer = engine.tokenizer
     if tokenizer is None:
         raise ValueError("model: it has no tokenizer, so text cannot be scored")
     head = context.rstrip()
     continuation = context[len(head) :] + continuation
-    frame = tokenizer.encode("")
-    whole = tokenizer.encode(head + continuation, add_special=False)
-    start = len(tokenizer.encode(head, add_special=False)) if head else 0
+    frame = [] if templated else tokenizer.encode("")
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special=False, allow_special=templated)
+
+    whole = encode(head + continuation)
+    start = len(encode(head)) if head else 0
     if not whole:
         raise ValueError("continuation: there is nothing to score in it")
     start = min(start, len(whole) - 1)  # the context's last token may swallow a short one

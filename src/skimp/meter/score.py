@@ -35,7 +35,8 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     share, square = right / n, _Z * _Z / n
     centre = (share + square / 2) / (1 + square)
     half = _Z / (1 + square) * math.sqrt(share * (1 - share) / n + square / (4 * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not put the share itself outside.
+    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
 def share(outcomes: Sequence[bool], chance: float | None = None) -> Score:
