@@ -35,9 +35,9 @@ QUANTIZED_GGUF = {"gguf-q8_0": 7, "gguf-q4_0": 2}  # values of llama.cpp's enum 
 OPENVINO_WEIGHTS = {"openvino-bf16": None, "openvino-int8": "int8", "openvino-int4": "int4"}
 # The layers and the output matrix in low bits, rounded to nearest: the method does not change the
 # speed. Groups of 32 are what llama.cpp's Q4_0 and onnxruntime's int4 have; they divide every size.
-OUTPUT_INT8 = "{format: int8, method: rtn, include: [lm_head], exclude: ['layers.*']}"
+OUTPUT_INT8 = "{format: int8, method: rtn, include: [embed_tokens], exclude: ['layers.*']}"
 SKIMP_RECIPES = {
-    "skimp-int8": "- quantize: {format: int8, method: rtn, include: [lm_head]}\n",
+    "skimp-int8": "- quantize: {format: int8, method: rtn, include: [embed_tokens]}\n",
     "skimp-int4": "- quantize: {format: int4, group_size: 32, method: rtn}\n"
     f"- quantize: {OUTPUT_INT8}\n",
 }

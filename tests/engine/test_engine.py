@@ -149,7 +149,10 @@ def test_arena_stays_within_its_budget() -> None:
 def test_abort_returns_every_page(engine: Engine) -> None:
     plain = dataclasses.replace(OPTIONS, prefix_cache=False)
     engine = Engine(tiny_decoder(), None, plain)
-    ids = [engine.add_request([1] * 90, SamplingParams(max_tokens=50, n=2)) for _ in range(6)]
+    ids = [
+        engine.add_request([1] * 90, SamplingParams(max_tokens=50, n=2, ignore_eos=True))
+        for _ in range(6)
+    ]
     for _ in range(4):
         engine.step()
     for request_id in ids[::-1]:
