@@ -25,9 +25,10 @@ struct KernelSet {
   // out_stride elements, zero up to k_padded.
   void (*prepare)(const MatmulOp& op, int first, int last, bool to_bf16, void* out,
                   int64_t out_stride, int k_padded);
-  // The epilogue for rows [row, row + rows) and panels [panel, panel + num_panels).
+  // The epilogue for rows [row, row + rows) and panels [panel, panel + num_panels). Sums are first
+  // multiplied by their row's scale, if there are scales [rows].
   void (*finish)(const MatmulOp& op, int row, int rows, int panel, int num_panels,
-                 const float* acc);
+                 const float* acc, const float* scales);
   void (*norm)(const NormOp& op, int first, int last);
   void (*embed)(const EmbedOp& op, int first, int last);
   // For low-bit matrices (lowbit_f32.h).

@@ -62,7 +62,7 @@ SKIMP_FORCE __m512i look_up(const uint8_t* table, __m512i index) {
 struct Fp8Pairs {
   using Product = Bf16Pairs;
   static constexpr int LINES = 2, LINE_VECTORS = 2, SHIFT = 0;
-  static constexpr bool FROM_MEMORY = true, OFFSET = false;
+  static constexpr bool OFFSET = false;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) {
     constexpr __mmask64 ODD = 0xaaaaaaaaaaaaaaaaull;
@@ -73,14 +73,6 @@ struct Fp8Pairs {
     if constexpr (I == 0) return _mm512_mask_blend_epi8(ODD, low, _mm512_slli_epi16(high, 8));
     return _mm512_mask_blend_epi8(ODD, _mm512_srli_epi16(low, 8), high);
   }
-};
-
-struct DecodedBf16 {
-  using Product = Bf16Pairs;
-  static constexpr int LINES = 4, LINE_VECTORS = 1, SHIFT = 0;
-  static constexpr bool FROM_MEMORY = false, OFFSET = false;
-  template <int I>
-  SKIMP_FORCE __m512i take(__m512i line) { return line; }
 };
 
 void store_bf16(const LowBit& low, float* row, int k, int k_padded, int, const LowRows& out,
@@ -97,26 +89,10 @@ void store_bf16(const LowBit& low, float* row, int k, int k_padded, int, const L
   }
 }
 
-void decode_bf16(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
-                 int64_t out_stride) {
-  for (int p = 0; p < span.num_panels; ++p) {
-    const uint8_t* w = panels + p * panel_stride;
-    char* to = static_cast<char*>(out) + p * out_stride;
-    for (int k = span.k0; k < span.k1; k += LOW_ALIGN / 2, w += 64, to += 128) {
-      const __m512i line = _mm512_loadu_si512(w);
-      _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
-      _mm512_storeu_si512(to, Fp8Pairs::take<0>(line));
-      _mm512_storeu_si512(to + 64, Fp8Pairs::take<1>(line));
-    }
-  }
-}
-
 }  // namespace
 
 const LowKernels* fp8_low_kernels() {
-  static constexpr LowKernels kernels{
-      2,           4096, 2, 12, store_bf16, decode_bf16, low_tile<Fp8Pairs>,
-      low_tile<DecodedBf16>};
+  static constexpr LowKernels kernels{2, 4096, store_bf16, nullptr, low_tile<Fp8Pairs>};
   return &kernels;
 }
 

@@ -47,7 +47,7 @@ struct Fours : Integer {
 struct NibblePairs {
   using Product = Pairs;
   static constexpr int LINES = 1, LINE_VECTORS = 4, SHIFT = 4;
-  static constexpr bool FROM_MEMORY = true, OFFSET = true;
+  static constexpr bool OFFSET = true;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) {
     if constexpr (I == 3) return _mm512_srli_epi16(line, 12);
@@ -59,7 +59,7 @@ struct NibblePairs {
 struct BytePairs {
   using Product = Pairs;
   static constexpr int LINES = 2, LINE_VECTORS = 2, SHIFT = 8;
-  static constexpr bool FROM_MEMORY = true, OFFSET = true;
+  static constexpr bool OFFSET = true;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) {
     if constexpr (I == 1) return _mm512_srli_epi16(line, 8);
@@ -67,18 +67,10 @@ struct BytePairs {
   }
 };
 
-struct DecodedPairs {
-  using Product = Pairs;
-  static constexpr int LINES = 4, LINE_VECTORS = 1, SHIFT = 0;
-  static constexpr bool FROM_MEMORY = false, OFFSET = false;
-  template <int I>
-  SKIMP_FORCE __m512i take(__m512i line) { return line; }
-};
-
 struct NibbleFours {
   using Product = Fours;
   static constexpr int LINES = 1, LINE_VECTORS = 2, SHIFT = 4;
-  static constexpr bool FROM_MEMORY = true, OFFSET = true;
+  static constexpr bool OFFSET = true;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) {
     const __m512i low = I == 0 ? line : _mm512_srli_epi16(line, 4);
@@ -89,7 +81,7 @@ struct NibbleFours {
 struct ByteFours {
   using Product = Fours;
   static constexpr int LINES = 2, LINE_VECTORS = 1, SHIFT = 0;
-  static constexpr bool FROM_MEMORY = true, OFFSET = true;
+  static constexpr bool OFFSET = true;
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) { return line; }
 };
@@ -162,80 +154,21 @@ void store_int8(const LowBit& low, float* row, int k, int k_padded, int block, c
   sum_blocks(low, to, k_padded, block, out.sums + index * out.blocks);
 }
 
-// ---- weights for many rows ---------------------------------------------------------------------
-
-// q - zero as 16-bit pairs.
-template <class Reader>
-void decode_pairs(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
-                  int64_t out_stride) {
-  const LowBit& low = *span.low;
-  __m512i zero = _mm512_set1_epi16(Reader::LINES == 1 ? 8 : 128);
-  for (int p = 0; p < span.num_panels; ++p) {
-    const uint8_t* w = panels + p * panel_stride;
-    char* to = static_cast<char*>(out) + p * out_stride;
-    for (int k = span.k0; k < span.k1; k += LOW_ALIGN) {
-      if (low.zeros && (k == span.k0 || k % low.group == 0)) {
-        const int64_t place = ((int64_t{span.panel} + p) * low.groups + k / low.group) * PANEL;
-        zero = zero_at(low, place);
-        zero = _mm512_or_si512(zero, _mm512_slli_epi32(zero, 16));
-      }
-      for (int n = 0; n < Reader::LINES; ++n, w += 64) {
-        const __m512i line = _mm512_loadu_si512(w);
-        _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
-        const auto store = [&](int i, __m512i weights) __attribute__((always_inline)) {
-          _mm512_storeu_si512(to + (n * Reader::LINE_VECTORS + i) * 64,
-                              _mm512_sub_epi16(weights, zero));
-        };
-        store(0, Reader::template take<0>(line));
-        store(1, Reader::template take<1>(line));
-        if constexpr (Reader::LINE_VECTORS == 4) {
-          store(2, Reader::template take<2>(line));
-          store(3, Reader::template take<3>(line));
-        }
-      }
-      to += 256;
-    }
-  }
-}
-
-// Nibbles to bytes.
-void decode_fours(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
-                  int64_t out_stride) {
-  for (int p = 0; p < span.num_panels; ++p) {
-    const uint8_t* w = panels + p * panel_stride;
-    char* to = static_cast<char*>(out) + p * out_stride;
-    for (int k = span.k0; k < span.k1; k += LOW_ALIGN, w += 64, to += 128) {
-      const __m512i line = _mm512_loadu_si512(w);
-      _mm_prefetch(reinterpret_cast<const char*>(w + LOW_AHEAD), _MM_HINT_T0);
-      _mm512_storeu_si512(to, NibbleFours::take<0>(line));
-      _mm512_storeu_si512(to + 64, NibbleFours::take<1>(line));
-    }
-  }
-}
-
-// A block's sum must fit 32 bits: |q - zero| < 256 or 16, inputs below 2^15 or 2^7.
-constexpr int BLOCK8_X16 = 256, BLOCK4_X16 = 2048, BLOCK_X8 = 4096;
-constexpr int DIRECT = 12;
-
-constexpr LowKernels INT4_X16{
-    2,           BLOCK4_X16,            2, DIRECT, store_int16, decode_pairs<NibblePairs>,
-    low_tile<NibblePairs>, low_tile<DecodedPairs>};
-constexpr LowKernels INT8_X16{
-    2,           BLOCK8_X16,          2, DIRECT, store_int16, decode_pairs<BytePairs>,
-    low_tile<BytePairs>, low_tile<DecodedPairs>};
-constexpr LowKernels INT4_X8{
-    1,           BLOCK_X8,             1, DIRECT, store_int8, decode_fours,
-    low_tile<NibbleFours>, low_tile<ByteFours>};
-constexpr LowKernels INT8_X8{
-    1,           BLOCK_X8, 0, 0, store_int8, nullptr, low_tile<ByteFours>, nullptr};
+// A block's sum must fit 32 bits. |q - zero| is at most 128 or, with zero points, 255; or 15.
+// Inputs are at most 2^15 - 1, or 2^7.
+constexpr LowKernels INT4_X16{2, 4096, store_int16, nullptr, low_tile<NibblePairs>};
+constexpr LowKernels INT8_X16{2, 512, store_int16, nullptr, low_tile<BytePairs>};
+constexpr LowKernels INT8_ZEROS_X16{2, 256, store_int16, nullptr, low_tile<BytePairs>};
+constexpr LowKernels INT4_X8{1, 4096, store_int8, nullptr, low_tile<NibbleFours>};
+constexpr LowKernels INT8_X8{1, 4096, store_int8, nullptr, low_tile<ByteFours>};
 
 }  // namespace
 
 const LowKernels* vnni_low_kernels(const LowBit& low) {
   const bool four = low.kind == LOW_INT4;
   if (low.rounding == ROUND_INT8) return four ? &INT4_X8 : &INT8_X8;
-  if (low.rounding == ROUND_NONE) return four ? &INT4_X16 : &INT8_X16;
-  return nullptr;  // fp8 inputs span more than 16 bits
+  if (low.rounding != ROUND_NONE) return nullptr;  // fp8 inputs span more than 16 bits
+  return four ? &INT4_X16 : low.zeros ? &INT8_ZEROS_X16 : &INT8_X16;
 }
 
 }  // namespace skimp

@@ -1,13 +1,12 @@
-// The driver of products with low-bit matrices.
+// The driver of products with low-bit matrices: prepares the input rows, divides the work, has
+// each panel multiplied as it is or, without the instructions for that, widened to float32 first.
 //
-// Few rows are multiplied straight from the panels, which memory limits; more rows have a stretch
-// of some panels decoded first, once for all of them. Both sum the same blocks in the same order,
-// integers exactly, so a row's result does not depend on the number of rows.
+// Any number of rows sums the same blocks in the same order, so a row's result does not depend on
+// the other rows.
 #include "lowbit.h"
 
 #include <algorithm>
 #include <cstring>
-#include <cstdlib>
 
 #include "share.h"
 
@@ -15,9 +14,8 @@ namespace skimp {
 namespace {
 
 constexpr int PRIVATE_ROWS = 4;  // prepared by every thread for itself, as in matmul.cpp
-constexpr int CHUNK_ROWS = 256;  // rows that share a decoded stretch
-// Bytes of a decoded stretch: with the rows' share of inputs it stays in the second-level cache.
-constexpr int64_t DECODED_BYTES = 1 << 16;
+// Rows that share widened weights, and inputs widened together.
+constexpr int WIDE_ROWS = 256, WIDE_K = 256;
 
 int64_t low_bytes(int kind, int64_t k) { return k * PANEL / (kind == LOW_INT4 ? 2 : 1); }
 
@@ -47,11 +45,12 @@ void tile_f32(const LowSpan& span, const LowRows& x, int row, int rows, const vo
                                span.num_panels, span.k1 - span.k0, part);
     for (int r = 0; r < count; ++r)
       for (int i = 0; i < span.num_panels * PANEL; ++i)
-        acc[(first + r) * ACC_STRIDE + i] += part[r * ACC_STRIDE + i];
+        acc[(first + r) * ACC_STRIDE + i] =
+            part[r * ACC_STRIDE + i] + (span.k0 ? acc[(first + r) * ACC_STRIDE + i] : 0.0f);
   }
 }
 
-constexpr LowKernels F32_KERNELS{4, 256, 4, 0, store_f32, decode_f32, nullptr, tile_f32};
+constexpr LowKernels F32_KERNELS{4, 256, store_f32, decode_f32, tile_f32};
 
 const LowKernels& choose(const MatmulOp& op) {
 #if defined(__x86_64__)
@@ -120,30 +119,16 @@ LowRows prepare(const MatmulOp& op, const Plan& plan, int rows, const Team& team
   return out;
 }
 
-// The end of the stretch that begins at k: whole blocks, or the rest of the inputs.
-int stretch_end(const Plan& plan, int group, int k, int most) {
-  while (k < plan.k) {
-    const int group_end = std::min((k / group + 1) * group, plan.k);
-    const int next = std::min(k + plan.block, group_end);
-    if (most < next - k) break;
-    most -= next - k;
-    k = next;
-  }
-  return k;
-}
-
 }  // namespace
 
 void run_low_matmul(const MatmulOp& op, int rows, const Team& team) {
   const Plan p = plan(op, choose(op));
   const LowKernels& kernels = p.kernels;
   Scratch scratch(team.scratch, team.scratch_bytes);
-  auto* acc = scratch.take<float>(sizeof(float) * CHUNK_ROWS * ACC_STRIDE);
-  const int64_t item = int64_t{kernels.decoded_item} * PANEL;
-  const int group = std::min(op.low.group, p.k);
-  // At least a block of every panel must fit.
-  const int most_k = item ? std::max<int>(DECODED_BYTES / TILE_PANELS / item, p.block) : p.k;
-  auto* decoded = scratch.take<char>(item * TILE_PANELS * most_k);
+  const int tile_rows = kernels.decode ? WIDE_ROWS : TILE_ROWS;
+  auto* acc = scratch.take<float>(sizeof(float) * tile_rows * ACC_STRIDE);
+  constexpr int64_t WIDE_STRIDE = WIDE_K * PANEL * sizeof(float);
+  auto* wide = kernels.decode ? scratch.take<uint8_t>(TILE_PANELS * WIDE_STRIDE) : nullptr;
   const LowRows x = prepare(op, p, rows, team, scratch);
 
   // A unit is what one thread must have whole: a panel, or a gate panel and its up panel.
@@ -157,28 +142,27 @@ void run_low_matmul(const MatmulOp& op, int rows, const Team& team) {
   const Range my_panels{my_units.first * unit, my_units.last * unit};
 
   const int64_t stride = low_bytes(op.low.kind, p.k);
-  static int force = getenv("DR") ? atoi(getenv("DR")) : 0;
-  const bool direct = rows <= (force ? force : kernels.direct_rows) || !item;
-  const auto tile = direct ? kernels.direct : kernels.tile;
-  for (int row0 = my_rows.first; row0 < my_rows.last; row0 += CHUNK_ROWS) {
-    const int count = std::min(CHUNK_ROWS, my_rows.last - row0);
-    for (int panel = my_panels.first; panel < my_panels.last; panel += TILE_PANELS) {
-      const int panels = std::min(TILE_PANELS, my_panels.last - panel);
-      const auto* w = static_cast<const uint8_t*>(op.panels) + panel * stride;
-      std::memset(acc, 0, sizeof(float) * count * ACC_STRIDE);
-      for (int k0 = 0; k0 < p.k;) {
-        const int k1 = direct ? p.k : stretch_end(p, group, k0, most_k);
-        const LowSpan span{&op.low, panel, panels, k0, k1, p.block, p.blocks_a_group};
-        const uint8_t* from = w + low_bytes(op.low.kind, k0);
-        if (!direct) kernels.decode(span, from, stride, decoded, item * most_k);
-        tile(span, x, row0, count, direct ? static_cast<const void*>(from) : decoded,
-             direct ? stride : item * most_k, acc);
-        k0 = k1;
-      }
-      for (int r = 0; r < count; ++r)
-        for (int i = 0; i < panels * PANEL; ++i) acc[r * ACC_STRIDE + i] *= x.scale[row0 + r];
-      current_kernels().finish(op, row0, count, panel, panels, acc);
+  const auto multiply = [&](int row, int count, int panel, int panels) {
+    const auto* w = static_cast<const uint8_t*>(op.panels) + panel * stride;
+    for (int k0 = 0; k0 < p.k;) {
+      const int k1 = wide ? std::min(k0 + WIDE_K, p.k) : p.k;
+      const LowSpan span{&op.low, panel, panels, k0, k1, p.block, p.blocks_a_group};
+      const uint8_t* from = w + low_bytes(op.low.kind, k0);
+      if (wide) kernels.decode(span, from, stride, wide, WIDE_STRIDE);
+      kernels.tile(span, x, row, count, wide ? wide : from, wide ? WIDE_STRIDE : stride, acc);
+      k0 = k1;
     }
+    current_kernels().finish(op, row, count, panel, panels, acc, x.scale + row);
+  };
+  const int chunk = chunk_rows(x.stride, tile_rows);
+  for (int row0 = my_rows.first; row0 < my_rows.last; row0 += chunk) {
+    const int count = std::min(chunk, my_rows.last - row0), tiles = divide_up(count, tile_rows);
+    for (int panel = my_panels.first; panel < my_panels.last; panel += TILE_PANELS)
+      for (int t = 0; t < tiles; ++t) {
+        const Range tile = share(count, t, tiles);
+        multiply(row0 + tile.first, tile.last - tile.first, panel,
+                 std::min(TILE_PANELS, my_panels.last - panel));
+      }
   }
 }
 

@@ -27,20 +27,16 @@ struct LowSpan {
 };
 
 struct LowKernels {
-  int row_item;       // bytes of an input in a prepared row
-  int most_block;     // inputs that can be summed before a flush
-  int decoded_item;   // bytes of a decoded weight; 0: panels serve any number of rows as they are
-  int direct_rows;    // up to so many rows are multiplied straight from the panels
+  int row_item;    // bytes of an input in a prepared row
+  int most_block;  // inputs that can be summed before a flush
   // One float32 row (which it may change) to a prepared one, zero up to k_padded.
   void (*store_row)(const LowBit& low, float* row, int k, int k_padded, int block,
                     const LowRows& out, int index);
-  // A span of panels to panels [k1 - k0][16] of whatever tile wants.
+  // A span of panels to float32 panels [k1 - k0][16]; null: tile takes the panels as they are.
   void (*decode)(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
                  int64_t out_stride);
-  // acc[row][panel][16] += x W over the span, for rows from `row` on.
-  // Strides are in bytes; weights point at k0 of the first panel.
-  void (*direct)(const LowSpan& span, const LowRows& x, int row, int rows, const void* weights,
-                 int64_t stride, float* acc);
+  // acc[row][panel][16] = x W over the span, plus what it was if the span is not the first, for
+  // rows from `row` on. Strides are in bytes; weights point at k0 of the first panel.
   void (*tile)(const LowSpan& span, const LowRows& x, int row, int rows, const void* weights,
                int64_t stride, float* acc);
 };

@@ -3,8 +3,8 @@
 //
 // A reader has: LINES of 64 bytes to every 8 inputs; LINE_VECTORS, operands that a line holds;
 // take<i>(line), operand i, each of which meets the next four bytes of a row; SHIFT, by how many
-// bits of each lane operands lie apart, or 0 if that is not how to take them; FROM_MEMORY, whether
-// lines come from far; OFFSET, whether the stored numbers have one.
+// bits of each lane operands lie apart, or 0 if that is not how to take them; OFFSET, whether the
+// stored numbers have one.
 #pragma once
 #include <immintrin.h>
 
@@ -24,6 +24,8 @@ namespace {
 // Bytes ahead of the product at which each panel is prefetched. The hardware stops at every page
 // and does not see the next group of panels coming.
 constexpr int64_t LOW_AHEAD = 1536;
+// Blocks up to so many inputs are flushed so often that the totals had better stay in registers.
+constexpr int SHORT_BLOCK = 64;
 
 struct Tile {
   const LowSpan* span;
@@ -82,6 +84,7 @@ void micro(const Tile& t) {
   constexpr int C = Product::EXACT && Reader::LINE_VECTORS > 1 && R * P <= 6 ? 2 : 1;
   // Many sums and an unrolled line are more than the compiler keeps in registers.
   constexpr bool ROLLED = Reader::SHIFT > 0 && R * P > 10;
+  constexpr bool HELD = R * P <= 12;  // totals stay in registers
   const LowSpan& span = *t.span;
   const LowBit& low = *span.low;
   const char* x = t.x;
@@ -93,6 +96,17 @@ void micro(const Tile& t) {
   int64_t place = (int64_t{span.panel} * low.groups + group) * PANEL;
   int64_t group_end = int64_t{group + 1} * low.group;
   const uint8_t* turn = w + t.stride - LOW_AHEAD;
+  __mmask16 before = span.k0 ? 0xffff : 0;
+  const auto at = [&](int r, int p) __attribute__((always_inline)) {
+    return t.acc + r * ACC_STRIDE + p * PANEL;
+  };
+  __m512 total[HELD ? R : 1][P];
+  if constexpr (HELD) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) total[r][p] = _mm512_maskz_loadu_ps(before, at(r, p));
+  }
   for (int k = span.k0; k < span.k1; ++index) {
     int end = k + span.block;
     if (end > group_end) end = static_cast<int>(group_end);
@@ -119,8 +133,7 @@ void micro(const Tile& t) {
       for (int p = 0; p < P; ++p) {
         const uint8_t* at = w + p * t.stride;
         line[p] = _mm512_loadu_si512(at);
-        if constexpr (Reader::FROM_MEMORY)
-          _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(at + ahead), _MM_HINT_T0);
       }
       if constexpr (ROLLED) {
 #pragma GCC unroll 1
@@ -146,12 +159,22 @@ void micro(const Tile& t) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         if constexpr (C == 2) sum[0][r][p] = Product::join(sum[0][r][p], sum[1][r][p]);
-        float* at = t.acc + r * ACC_STRIDE + p * PANEL;
-        _mm512_storeu_ps(at, _mm512_fmadd_ps(Product::to_float(sum[0][r][p]), scale,
-                                             _mm512_loadu_ps(at)));
+        const __m512 part = Product::to_float(sum[0][r][p]);
+        if constexpr (HELD)
+          total[r][p] = _mm512_fmadd_ps(part, scale, total[r][p]);
+        else
+          _mm512_storeu_ps(at(r, p), _mm512_fmadd_ps(part, scale,
+                                                     _mm512_maskz_loadu_ps(before, at(r, p))));
       }
     }
+    before = 0xffff;
     if (k == group_end) group_end += low.group, place += PANEL;
+  }
+  if constexpr (HELD) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) _mm512_storeu_ps(at(r, p), total[r][p]);
   }
 }
 
@@ -162,11 +185,12 @@ void row_blocks(const LowSpan& span, const LowRows& x, int row, int rows, const 
   // Sums, weights and an input must fit 32 registers, and few rows take many panels, so that
   // there are enough sums to hide the latency of a product.
   constexpr int MOST = P == 4 ? 5 : 12;
+  const int most = P == 2 && span.block <= SHORT_BLOCK ? 6 : MOST;
   static constexpr auto calls = []<int... R>(std::integer_sequence<int, R...>) {
     return std::array<Call, MOST>{micro<Reader, R + 1, P>...};
   }(std::make_integer_sequence<int, MOST>());
   constexpr int ITEM = Reader::LINES * Reader::LINE_VECTORS * 4 / LOW_ALIGN;
-  const int parts = (rows + MOST - 1) / MOST;
+  const int parts = (rows + most - 1) / most;
   for (int i = 0; i < parts; ++i) {
     const int first = rows * i / parts, count = rows * (i + 1) / parts - first;
     calls[count - 1]({&span, x.data + (row + first) * x.stride + span.k0 * ITEM, x.stride,

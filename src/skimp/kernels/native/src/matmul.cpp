@@ -14,9 +14,6 @@ namespace {
 constexpr int PRIVATE_ROWS = 4;
 // From this many rows AMX is quicker: up to six AVX512-BF16 keeps up with memory.
 constexpr int AMX_ROWS = 7;
-// Input rows worked on together, beside the weights of a tile, stay in a second-level cache of
-// 2 MiB (the CPUs that have AMX, whose appetite this is about).
-constexpr int64_t ROWS_BYTES = 3 << 19;
 
 struct Input {
   const char* data;
@@ -88,7 +85,7 @@ void run_matmul(const void* op_, const StepInfo& step, const Team& team) {
 
   const int64_t panel_stride = int64_t{k} * PANEL;
   const int64_t panel_bytes = panel_stride * (bf16_weights ? 2 : 4);
-  const int chunk = std::max<int>(ROWS_BYTES / row_bytes / TILE_ROWS, 1) * TILE_ROWS;
+  const int chunk = chunk_rows(row_bytes, TILE_ROWS);
   alignas(64) float acc[TILE_ROWS * ACC_STRIDE];
   for (int row0 = my_rows.first; row0 < my_rows.last; row0 += chunk) {
     const int chunk_rows = std::min(chunk, my_rows.last - row0);
@@ -101,7 +98,7 @@ void run_matmul(const void* op_, const StepInfo& step, const Team& team) {
         tile(x.data + first * row_bytes, x.stride, count,
              static_cast<const char*>(op.panels) + panel * panel_bytes, panel_stride, panels, k,
              acc);
-        kernels.finish(op, first, count, panel, panels, acc);
+        kernels.finish(op, first, count, panel, panels, acc, nullptr);
       }
     }
   }

@@ -115,23 +115,24 @@ SKIMP_INLINE vf activate(vf x) {
 
 template <int ACT, class Out>
 void finish_as(const MatmulOp& op, int row0, int rows, int panel0, int num_panels,
-               const float* acc) {
+               const float* acc, const float* scales) {
   constexpr int STEP = ACT == ACT_NONE ? 1 : 2;
   const float* bias = op.bias ? op.bias + panel0 * PANEL : nullptr;
   for (int r = 0; r < rows; ++r, acc += ACC_STRIDE) {
     const float* residual =
         op.residual ? op.residual + (row0 + r) * op.residual_stride : nullptr;
     Out* out = static_cast<Out*>(op.out) + (row0 + r) * op.out_stride;
+    const float scale = scales ? scales[r] : 1.0f;
 #pragma GCC unroll 4
     for (int i = 0; i < num_panels / STEP * VP; ++i) {
       const int column = panel0 / STEP * PANEL + i * VW;
       const int count = op.n - column < VW ? op.n - column : VW;
       if (count <= 0) break;
       const int lane = i / VP * STEP * PANEL + i % VP * VW;
-      vf y = load<vf>(acc + lane);
+      vf y = load<vf>(acc + lane) * scale;
       if (bias) y += load<vf>(bias + lane);
       if constexpr (STEP == 2) {
-        vf up = load<vf>(acc + lane + PANEL);
+        vf up = load<vf>(acc + lane + PANEL) * scale;
         if (bias) up += load<vf>(bias + lane + PANEL);
         y = activate<ACT>(y) * up;
       }
@@ -142,14 +143,16 @@ void finish_as(const MatmulOp& op, int row0, int rows, int panel0, int num_panel
   }
 }
 
-void finish(const MatmulOp& op, int row, int rows, int panel, int num_panels, const float* acc) {
-  using Fn = void (*)(const MatmulOp&, int, int, int, int, const float*);
+void finish(const MatmulOp& op, int row, int rows, int panel, int num_panels, const float* acc,
+            const float* scales) {
+  using Fn = void (*)(const MatmulOp&, int, int, int, int, const float*, const float*);
   static constexpr Fn to_float[] = {finish_as<ACT_NONE, float>, finish_as<ACT_SILU, float>,
                                     finish_as<ACT_GELU_TANH, float>, finish_as<ACT_GELU, float>};
   static constexpr Fn to_half[] = {
       finish_as<ACT_NONE, uint16_t>, finish_as<ACT_SILU, uint16_t>,
       finish_as<ACT_GELU_TANH, uint16_t>, finish_as<ACT_GELU, uint16_t>};
-  (op.out_dtype == F32 ? to_float : to_half)[op.activation](op, row, rows, panel, num_panels, acc);
+  (op.out_dtype == F32 ? to_float : to_half)[op.activation](op, row, rows, panel, num_panels, acc,
+                                                         scales);
 }
 
 void norm(const NormOp& op, int first, int last) {

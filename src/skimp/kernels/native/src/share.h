@@ -28,4 +28,11 @@ inline int row_parts(int threads, int row_blocks, int units) {
   return best;
 }
 
+// How many rows are worked on together, in whole tiles: beside the weights of a tile they stay in
+// a second-level cache of 1 or 2 MiB.
+inline int chunk_rows(int64_t row_bytes, int tile_rows) {
+  constexpr int64_t BYTES = 3 << 19;
+  return std::max<int>(static_cast<int>(BYTES / row_bytes / tile_rows), 1) * tile_rows;
+}
+
 }  // namespace skimp
