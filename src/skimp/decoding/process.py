@@ -48,20 +48,21 @@ class Processed:
         best: int64 [L], the argmax of ``logits``, lowest id first.
         errors: per row None, or why the row has no law.
         sampled: the rows with a temperature above 0 and no error, in order.
-        weights: float64 [S, V], their unnormalised law; the largest weight of a row is 1.
+        weights: float64 [S, V], their unnormalised law; the largest weight of a row is 1. None
+            when no row is sampled.
     """
 
     logits: Tensor
     best: Tensor
     errors: tuple[str | None, ...]
     sampled: tuple[int, ...]
-    weights: Tensor
+    weights: Tensor | None
 
     def probabilities(self) -> Tensor:
         """The law of every row, float64 [L, V]: one-hot where greedy, NaN where in error."""
         law = torch.zeros(self.logits.shape, dtype=torch.float64, device=self.logits.device)
         law.scatter_(1, self.best[:, None], 1.0)
-        if self.sampled:
+        if self.weights is not None:
             law[list(self.sampled)] = self.weights / self.weights.sum(-1, keepdim=True)
         wrong = [i for i, error in enumerate(self.errors) if error is not None]
         if wrong:
@@ -81,7 +82,7 @@ def process(logits: Tensor, rows: Sequence[RowState]) -> Processed:
     for row in rows:
         if row.vocab_size != logits.shape[1]:
             raise ValueError(f"a row expects V = {row.vocab_size}, logits have {logits.shape[1]}")
-    raw = logits.float()
+    raw = logits if logits.dtype == torch.float32 else logits.float()
     adjusted = adjust(raw, rows)
     if adjusted is raw:
         # the maximum carries NaN and +inf along, so the finiteness check is free
@@ -97,6 +98,7 @@ def process(logits: Tensor, rows: Sequence[RowState]) -> Processed:
     sampled = tuple(
         i for i, row in enumerate(rows) if row.params.temperature != 0.0 and errors[i] is None
     )
+    weights = None
     if sampled:
         chosen = [rows[i] for i in sampled]
         if len(sampled) == len(rows):
@@ -104,8 +106,6 @@ def process(logits: Tensor, rows: Sequence[RowState]) -> Processed:
         else:
             index = torch.tensor(sampled, device=raw.device)
             weights = _weights(adjusted[index], top[index], chosen)
-    else:
-        weights = raw.new_zeros((0, raw.shape[1]), dtype=torch.float64)
     return Processed(logits=adjusted, best=best, errors=errors, sampled=sampled, weights=weights)
 
 
@@ -115,8 +115,9 @@ def _top(logits: Tensor) -> tuple[Tensor, Tensor]:
         top, best = logits.max(dim=-1)
         return top, best
     # numpy's argmax is vectorised and several times quicker than torch's max with indices
-    best = torch.from_numpy(logits.numpy().argmax(axis=-1))
-    return logits.gather(-1, best[:, None])[:, 0], best
+    values = logits.numpy()
+    best = values.argmax(axis=-1)
+    return torch.from_numpy(values[np.arange(len(best)), best]), torch.from_numpy(best)
 
 
 def adjust(logits: Tensor, rows: Sequence[RowState]) -> Tensor:

@@ -64,7 +64,7 @@ class Sampler:
         """
         processed = process(logits, rows)
         tokens = processed.best.tolist()
-        if processed.sampled:
+        if processed.weights is not None:
             keys = [rows[i].key for i in processed.sampled]
             positions = [rows[i].position for i in processed.sampled]
             numbers = torch.from_numpy(uniforms(keys, positions, Purpose.SAMPLE))

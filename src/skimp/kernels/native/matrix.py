@@ -21,6 +21,7 @@ from skimp.kernels.native.lowbit import (
     panel_bytes,
     settle_formats,
 )
+from skimp.kernels.native.memory import PanelMemory
 from skimp.kernels.ops import PackLayout
 from skimp.model.layers import Linear
 
@@ -143,9 +144,12 @@ class PackedStack:
 
 
 def pack(
-    linears: Sequence[Linear], layout: PackLayout, dtype: torch.dtype | None
+    linears: Sequence[Linear],
+    layout: PackLayout,
+    dtype: torch.dtype | None,
+    memory: PanelMemory,
 ) -> PackedMatrix | PackedStack:
-    """Pack, taking each Linear's matrix away.
+    """Pack into ``memory``, taking each Linear's matrix away.
 
     Dense matrices are held in ``dtype``, float32 or bfloat16 (None: as they are, float16 as
     float32); sources may be float32, bfloat16 or float16, at any alignment (a mapped file).
@@ -162,11 +166,13 @@ def pack(
     ), "gated packs gate and up"
     settle_formats(linears, gated, dtype)
     same = [list(group) for _, group in itertools.groupby(linears, lambda m: m.format)]
-    parts = tuple(_pack(group, gated, dtype) for group in same)
+    parts = tuple(_pack(group, gated, dtype, memory) for group in same)
     return parts[0] if len(parts) == 1 else PackedStack(parts)
 
 
-def _pack(linears: Sequence[Linear], gated: bool, dtype: torch.dtype | None) -> PackedMatrix:
+def _pack(
+    linears: Sequence[Linear], gated: bool, dtype: torch.dtype | None, memory: PanelMemory
+) -> PackedMatrix:
     """Linears of one format."""
     sizes = tuple(linear.out_features for linear in linears)
     in_features = linears[0].in_features
@@ -175,7 +181,7 @@ def _pack(linears: Sequence[Linear], gated: bool, dtype: torch.dtype | None) -> 
     weights = [linear.quantized for linear in linears if linear.quantized is not None]
     if weights:
         low = low_bits(weights, gated)
-        panels = torch.empty(count * panel_bytes(low.format, in_features), dtype=torch.uint8)
+        panels = memory.zeros(count * panel_bytes(low.format, in_features), torch.uint8)
         del weights
     else:
         first = linears[0].weight
@@ -184,10 +190,9 @@ def _pack(linears: Sequence[Linear], gated: bool, dtype: torch.dtype | None) -> 
             dtype = first.dtype if first.dtype in structs.DTYPES else torch.float32
         padded = -(-in_features // structs.K_ALIGN) * structs.K_ALIGN
         depth = padded if dtype == torch.bfloat16 else in_features
-        panels = torch.empty(count * structs.PANEL * depth, dtype=dtype)
-    library().advise_huge(panels.data_ptr(), panels.nbytes)
+        panels = memory.zeros(count * structs.PANEL * depth, dtype)
     bias = _bias(linears, sizes, gated)
-    matrix = PackedMatrix(panels.zero_(), bias, in_features, sizes, gated, low)
+    matrix = PackedMatrix(panels, bias, in_features, sizes, gated, low)
     for index, linear in enumerate(linears):
         rows = _rows(linear.take())
         _run([matrix._op(index, rows, unpack=False)])

@@ -14,6 +14,7 @@ from skimp.kernels.native import matrix as packed
 from skimp.kernels.native import structs
 from skimp.kernels.native.library import library
 from skimp.kernels.native.matrix import PackedMatrix, PackedStack
+from skimp.kernels.native.memory import PanelMemory
 from skimp.kernels.native.workspace import Workspace
 from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
 from skimp.model.layers import Linear, RMSNorm
@@ -100,6 +101,7 @@ class NativeOps:
         if dtype is not None and dtype not in structs.DTYPES:
             raise ValueError(f"native kernels hold float32 or bfloat16 weights, not {dtype}")
         self.dtype = dtype
+        self._memory = PanelMemory()
         self._program: Program | None = None
 
     @contextmanager
@@ -123,7 +125,7 @@ class NativeOps:
     def pack(
         self, linears: Sequence[Linear], layout: PackLayout = "stack"
     ) -> PackedMatrix | PackedStack:
-        return packed.pack(linears, layout, self.dtype)
+        return packed.pack(linears, layout, self.dtype, self._memory)
 
     def embed(self, step: StepInputs, table: PackedMatrix, scale: float) -> Tensor:
         program = self.program

@@ -23,7 +23,7 @@ namespace {
 
 // Bytes ahead of the product at which each panel is prefetched. The hardware stops at every page
 // and does not see the next group of panels coming.
-constexpr int64_t LOW_AHEAD = 1536;
+constexpr int64_t LOW_AHEAD = 512;
 // Blocks up to so many inputs are flushed so often that the totals had better stay in registers.
 constexpr int SHORT_BLOCK = 64;
 
