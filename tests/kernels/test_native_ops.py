@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from native_support import (
 
 from skimp.kernels import native
 from skimp.kernels.native import NativeOps, structs
-from skimp.kernels.native.library import library
+from skimp.kernels.native.library import check_build, library
 from skimp.kernels.native.workspace import Workspace
 from skimp.kernels.ops import StepInputs
 from skimp.kernels.plain import PlainOps, rms_norm
@@ -35,6 +36,12 @@ def test_struct_mirrors_have_the_size_of_the_structs() -> None:
         assert ctypes.sizeof(mirror) == library().sizeof(kind), mirror.__name__
     with pytest.raises(ValueError, match="kind"):
         library().sizeof(99)
+
+
+def test_a_build_of_other_sources_is_refused() -> None:
+    stale = types.SimpleNamespace(__file__="old.so", sizeof=lambda kind: library().sizeof(kind) - 8)
+    with pytest.raises(RuntimeError, match=r"old\.so was built from other sources"):
+        check_build(stale)
 
 
 def test_describe_names_the_instruction_set() -> None:

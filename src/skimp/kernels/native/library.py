@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
+
+from skimp.kernels.native import structs
 
 try:
     from skimp.kernels.native import _native as _module
@@ -35,6 +39,7 @@ def _configured() -> ModuleType:
         raise RuntimeError(
             "the native kernels are not built: install skimp with a C++ compiler present"
         )
+    check_build(_extension)
     name = os.environ.get("SKIMP_ISA")
     if name:
         try:
@@ -43,6 +48,20 @@ def _configured() -> ModuleType:
             raise ValueError(f"environment variable SKIMP_ISA: {error}") from None
     _extension.set_threads(default_threads())
     return _extension
+
+
+def check_build(extension: Any) -> None:
+    """The extension of another version of the sources would read the ops at wrong places."""
+    for kind, mirror in structs.OPS.items():
+        try:
+            built = extension.sizeof(kind)
+        except ValueError:
+            built = None
+        if built != ctypes.sizeof(mirror):
+            raise RuntimeError(
+                f"{extension.__file__} was built from other sources than this skimp "
+                f"({mirror.__name__} differs): build it again"
+            )
 
 
 def library() -> ModuleType:
