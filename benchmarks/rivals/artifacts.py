@@ -35,11 +35,16 @@ QUANTIZED_GGUF = {"gguf-q8_0": 7, "gguf-q4_0": 2}  # values of llama.cpp's enum 
 OPENVINO_WEIGHTS = {"openvino-bf16": None, "openvino-int8": "int8", "openvino-int4": "int4"}
 # The layers and the output matrix in low bits, rounded to nearest: the method does not change the
 # speed. Groups of 32 are what llama.cpp's Q4_0 and onnxruntime's int4 have; they divide every size.
-OUTPUT_INT8 = "{format: int8, method: rtn, include: [embed_tokens], exclude: ['layers.*']}"
+# Both of them, and Q8_0, multiply by inputs rounded to int8, which is what "a8" does too.
+INT8 = "- quantize: {{format: int8, method: rtn, include: [embed_tokens]{0}}}\n"
+INT4 = (
+    "- quantize: {{format: int4, group_size: 32, method: rtn{0}}}\n"
+    "- quantize: {{format: int8, method: rtn, include: [embed_tokens], exclude: ['layers.*']{0}}}\n"
+)
 SKIMP_RECIPES = {
-    "skimp-int8": "- quantize: {format: int8, method: rtn, include: [embed_tokens]}\n",
-    "skimp-int4": "- quantize: {format: int4, group_size: 32, method: rtn}\n"
-    f"- quantize: {OUTPUT_INT8}\n",
+    f"skimp-{name}{suffix}": recipe.format(inputs)
+    for name, recipe in {"int8": INT8, "int4": INT4}.items()
+    for suffix, inputs in {"": "", "-a8": ", activations: int8"}.items()
 }
 FORMATS = ("hf", "gguf-bf16", *QUANTIZED_GGUF, *OPENVINO_WEIGHTS, "onnx-int4", *SKIMP_RECIPES)
 

@@ -30,15 +30,15 @@ class EngineEntry:
 
 REGISTRY: dict[str, EngineEntry] = {
     "skimp": EngineEntry(module="skimp_cli", name="SkimpCommand", files="hf", weights="bf16"),
-    "skimp-int8": EngineEntry(
-        module="skimp_cli", name="SkimpCommand", files="skimp-int8", weights="int8 per channel"
-    ),
-    "skimp-int4": EngineEntry(
-        module="skimp_cli",
-        name="SkimpCommand",
-        files="skimp-int4",
-        weights="int4 in groups of 32, output matrix int8",
-    ),
+    **{
+        files: EngineEntry(module="skimp_cli", name="SkimpCommand", files=files, weights=weights)
+        for files, weights in {
+            "skimp-int8": "int8 per channel",
+            "skimp-int8-a8": "int8 per channel, inputs int8",
+            "skimp-int4": "int4 in groups of 32, output matrix int8",
+            "skimp-int4-a8": "int4 in groups of 32, output matrix int8, inputs int8",
+        }.items()
+    },
     "llama.cpp-bf16": EngineEntry(
         module="llama_cpp_engine", name="LlamaCpp", files="gguf-bf16", weights="bf16"
     ),
