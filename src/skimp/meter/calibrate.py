@@ -1,20 +1,21 @@
 """What bytes and operations do not explain: how this engine runs on this machine.
 
-Half a dozen small decoders of random weights are timed through the engine itself. Differences
-between them give the cost of a step, of a layer, of a sequence and of a logit; a wide one gives the
-rate of matrix products by number of rows, and long contexts that of attention. Shapes that users
+Small decoders of random weights are timed through the engine itself. Differences between them give
+the cost of a step, of a layer, of a sequence and of a logit. Wide ones that fit a cache give the
+rate of matrix products by number of rows, longer contexts that of attention, and wide ones that
+fit no cache how fast weights come from memory and how much of their way shows. Shapes that users
 run are none of the probes, so a prediction is not a copy of its own measurement.
 
-It takes a few seconds and is kept beside the machine's own figures. Low-bit formats are measured
-one by one, when an engine first uses them.
+It takes some seconds and is kept beside the machine's own figures. Low-bit formats are measured one
+by one, when an engine first uses them, each in turn with dense matrices: the machine of that moment
+cancels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
-import time
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,16 +23,20 @@ from typing import TYPE_CHECKING, Any
 
 from skimp.cost import (
     Hardware,
+    ModelWork,
     Overheads,
     SequenceStep,
+    StepCost,
+    Term,
     predict,
     step_cost,
     this_machine,
     uniform,
 )
-from skimp.cost.hardware import Curve
 from skimp.cost.machine import cache_dir, cpu_model, kept
 from skimp.cost.work import arithmetic
+from skimp.errors import SkimpWarning
+from skimp.meter.probe import CONTEXT, FormatRefused, Probe, fastest, probe_spec
 from skimp.meter.work import engine_threads, spec_work
 
 if TYPE_CHECKING:
@@ -39,11 +44,15 @@ if TYPE_CHECKING:
     from skimp.formats.weight import WeightFormat
     from skimp.model.spec import ModelSpec
 
-_FORMAT = 5  # of the file; raise it whenever what is measured changes
+_FORMAT = 6  # of the file; raise it whenever what is measured changes
 _ROWS = (1, 4, 8, 16, 32, 64)
 _PREFILL = (128, 512)
+_FAR_ROWS = (1, 4, 8, 16)  # more rows hide the memory's time, or all that they ever will
 _WALKS = (4, 16, 64)  # sequences whose caches fit a processor's cache, or do not
-_SHORT, _LONG = 16, 512
+_SHORT, _LONG = 4, CONTEXT
+_NEAR = 16e6  # bytes of weights that fit a processor's cache,
+_FAR = (64e6, 400e6)  # and from where to where they are likely not to
+_TURN = 0.2  # seconds that a figure is worth
 
 
 def engine_hardware(engine: Engine) -> Hardware:
@@ -92,177 +101,220 @@ def calibrated(
         return hardware
     found = kept(path(), lambda: measure_engine(hardware, dtype=dtype, options=options))
     for name, form in {arithmetic(form): form for form in formats}.items():
-        if measure or path(name).exists():
+        if not (measure or path(name).exists()):
+            continue
+        try:
             probed = kept(path(name), partial(measure_format, found, form, dtype, options))
-            rates = {**found.matrix_tflops, name: probed.matrix_tflops[name]}
-            found = replace(found, matrix_tflops=rates)
+        except FormatRefused as refusal:
+            message = f"calibration: products of {form.name} count as {dtype}'s: {refusal}"
+            warnings.warn(message, SkimpWarning, stacklevel=2)
+            continue
+        rates = {**found.matrix_tflops, name: probed.matrix_tflops[name]}
+        exposed = {**found.exposed, name: probed.exposed[name]}
+        found = replace(found, matrix_tflops=rates, exposed=exposed)
     return found
 
 
 def measure_engine(hardware: Hardware, *, dtype: str, options: dict[str, Any]) -> Hardware:
-    """``hardware`` with matrix and attention rates and overheads as the engine shows them."""
-    thin, deep = _spec(layers=2), _spec(layers=10)
-    wordy = _spec(layers=2, vocab=16384)
-    with _Probe(thin, dtype, options) as probe:
-        one, many = probe.step_s(1, _SHORT), probe.step_s(32, _SHORT)
-    with _Probe(deep, dtype, options) as probe:
-        deep_one, deep_many = probe.step_s(1, _SHORT), probe.step_s(32, _SHORT)
-    with _Probe(wordy, dtype, options) as probe:
-        wordy_many = probe.step_s(32, _SHORT)
+    """``hardware`` with rates, paces and overheads as the engine shows them."""
+    bare = replace(hardware, weights_curve=(), exposed={})
+    bare = replace(bare, overheads=_overheads(dtype, options))
+    near = Probe(_wide(_layers(dtype, _NEAR)), dtype, options)
+
+    def rate(steps: list[SequenceStep], *case: int, prefill: bool = False) -> float:
+        (took,) = fastest([near], *case, prefill=prefill, seconds=_TURN)
+        return _rate(bare, near.work, steps, took, dtype)
+
+    curve = [(float(n), rate(_steps(n), n, _SHORT)) for n in _ROWS]
+    curve += [(float(n), rate(_prompt(n), 1, n, prefill=True)) for n in _PREFILL]
+    bare = replace(bare, matrix_tflops={**bare.matrix_tflops, dtype: tuple(curve)})
+    return _with_weights(_with_attention(bare, near), dtype, options)
+
+
+def _overheads(dtype: str, options: dict[str, Any]) -> Overheads:
+    thin, deep = probe_spec(layers=2), probe_spec(layers=10)
+    wordy = probe_spec(layers=2, vocab=16384)
+    probes = [Probe(spec, dtype, options) for spec in (thin, deep, wordy)]
+    one, deep_one, _ = fastest(probes, 1, _SHORT, seconds=3 * _TURN)
+    many, deep_many, wordy_many = fastest(probes, 32, _SHORT, seconds=3 * _TURN)
     layers = deep.num_layers - thin.num_layers
     layer = max(0.0, (deep_one - one) / layers)
     layer_row = max(0.0, ((deep_many - deep_one) - (many - one)) / layers / 31)
     sequence = max(0.0, (many - one) / 31 - thin.num_layers * layer_row)
-    logit = max(0.0, (wordy_many - many) / 32 / (wordy.vocab_size - thin.vocab_size))
-    overheads = Overheads(
+    return Overheads(
         step_s=max(0.0, one - thin.num_layers * layer - sequence),
         layer_s=layer,
         sequence_s=sequence,
         layer_row_s=layer_row,
-        logit_s=logit,
+        logit_s=max(0.0, (wordy_many - many) / 32 / (wordy.vocab_size - thin.vocab_size)),
     )
-    bare = replace(hardware, overheads=overheads)
-    with _Probe(_wide(), dtype, options) as probe:
-        matrix = probe.matrix_curve(bare)
-        bare = replace(bare, matrix_tflops={**bare.matrix_tflops, dtype: matrix})
-        bare = replace(bare, attention_tflops=probe.attention_rate(bare))
-        walks = tuple(probe.cache_rate(bare, batch) for batch in _WALKS)
-        return replace(bare, attention_curve=walks)
+
+
+def _with_attention(hardware: Hardware, probe: Probe) -> Hardware:
+    """``hardware``, which knows its matrix rates, with those of attention: in a prefill, and for
+    one query a sequence what a longer past costs."""
+    (took,) = fastest([probe], 1, _LONG, prefill=True, seconds=_TURN)
+    cost = step_cost(probe.work, _prompt(_LONG))
+    left = _left(hardware, cost, took, lambda term: term.kind == "attention")
+    found = replace(hardware, attention_tflops=cost.attention_flops / left / 1e12)
+    walks = []
+    for batch in _WALKS:
+        (few,) = fastest([probe], batch, _SHORT, seconds=_TURN)
+        (many,) = fastest([probe], batch, _LONG, seconds=_TURN)
+        costs = [step_cost(probe.work, uniform(batch, n + 3)) for n in (_SHORT, _LONG)]
+        more = costs[1].cache_read_bytes - costs[0].cache_read_bytes
+        pace = min(more / max(many - few, 1e-6) / 1e9, hardware.bandwidth(1.0))
+        walks.append((float(costs[1].cache_read_bytes), pace))
+    return replace(found, attention_curve=tuple(walks))
+
+
+def _with_weights(hardware: Hardware, dtype: str, options: dict[str, Any]) -> Hardware:
+    """``hardware``, which knows its other rates, with the pace of weights from caches and memory,
+    and how much of their way shows."""
+    curve: list[tuple[float, float]] = []
+    for layers in dict.fromkeys(_layers(dtype, size) for size in _sizes(hardware)):
+        probe = Probe(_wide(layers), dtype, options)
+        (took,) = fastest([probe], 1, _SHORT, seconds=_TURN)
+        cost = step_cost(probe.work, _steps(1))
+        pace = cost.weight_bytes / _left(hardware, cost, took, _is_product) / 1e9
+        curve.append((cost.weight_bytes, min(pace, curve[-1][1]) if curve else pace))
+    # One row of dense weights waits for all that comes late: that is how its pace was found.
+    shares = [(1.0, 1.0)]
+    found = replace(
+        hardware, weights_curve=tuple(curve), exposed={**hardware.exposed, dtype: tuple(shares)}
+    )
+    for n in _FAR_ROWS[1:]:
+        (took,) = fastest([probe], n, _SHORT, seconds=_TURN)
+        shares.append((float(n), _share(found, probe.work, n, took, dtype)))
+    return replace(found, exposed={**found.exposed, dtype: tuple(shares)})
+
+
+def _sizes(hardware: Hardware) -> list[float]:
+    """Bytes from what fits a cache to what is beyond all of them, or as far as is reasonable."""
+    sizes = [_NEAR]
+    least, most = _FAR
+    while sizes[-1] < min(most, hardware.memory_bytes / 16):
+        sizes.append(sizes[-1] * 1.3)
+        slow = hardware.bandwidth(sizes[-1]) < 1.25 * hardware.bandwidth_gb_s
+        if slow and sizes[-1] > least:
+            break
+    return sizes
 
 
 def measure_format(
     hardware: Hardware, form: WeightFormat, dtype: str, options: dict[str, Any]
 ) -> Hardware:
-    """``hardware``, which knows its overheads, with the rate of products in ``form``."""
-    wide = _wide()
-    matrices = [m.name for m in spec_work(wide, dtype).matrices if not m.head]
-    with _Probe(replace(wide, formats=dict.fromkeys(matrices, form)), dtype, options) as probe:
-        curve = probe.matrix_curve(hardware)
-    return replace(hardware, matrix_tflops={**hardware.matrix_tflops, arithmetic(form): curve})
+    """``hardware``, which knows the engine, with how it multiplies by matrices in ``form``.
+
+    The same shapes in ``dtype`` are timed in turn with them, and what the machine is slower or
+    faster now than ``hardware`` says of those is taken off. Raises FormatRefused.
+    """
+    name = arithmetic(form)
+    near = _Pair(_NEAR, form, dtype, options)
+    curve = [(float(n), near.rate(hardware, _steps(n), n, _SHORT)) for n in _ROWS]
+    curve += [(float(n), near.rate(hardware, _prompt(n), 1, n, prefill=True)) for n in _PREFILL]
+    found = replace(hardware, matrix_tflops={**hardware.matrix_tflops, name: tuple(curve)})
+    far_bytes = hardware.weights_curve[-1][0] if hardware.weights_curve else 0.0
+    shares = [(1.0, 0.0)]
+    # Where arithmetic alone takes several times as long as memory, nothing of it shows.
+    if far_bytes and 8 * _bytes_a_flop(form) * curve[0][1] * 1e3 > hardware.bandwidth_gb_s:
+        far = _Pair(far_bytes, form, dtype, options)
+        shares = [(float(n), far.share(found, name, n)) for n in _FAR_ROWS]
+    return replace(found, exposed={**found.exposed, name: tuple(shares)})
 
 
-class _Probe:
-    """An engine around one small decoder, timed in several ways."""
+class _Pair:
+    """Probes of one number of bytes, dense and in a format."""
 
-    def __init__(self, spec: ModelSpec, dtype: str, options: dict[str, Any]) -> None:
-        from skimp.engine import Engine, EngineOptions
-        from skimp.model.loading import random_decoder
+    def __init__(
+        self, size: float, form: WeightFormat, dtype: str, options: dict[str, Any]
+    ) -> None:
+        self.name = arithmetic(form)
+        self.dense = Probe(_wide(_layers(dtype, size)), dtype, options)
+        self.low = Probe(_wide(_layers(dtype, size, form), form), dtype, options)
 
-        self.engine = Engine(
-            random_decoder(spec, seed=0, dtype=dtype),
-            tokenizer=None,
-            options=EngineOptions(
-                max_batch=64, max_context=_LONG + 128, token_budget=_LONG, **options
-            ),
-        )
-        self.work = self.engine.work
-        self.rng = random.Random(0)
-
-    def __enter__(self) -> _Probe:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        del self.engine
-
-    def prompts(self, batch: int, context: int) -> list[list[int]]:
-        from skimp.meter.speed import random_prompt
-
-        return [random_prompt(self.rng, self.work.embedding_rows, context) for _ in range(batch)]
-
-    def step_s(self, batch: int, context: int) -> float:
-        """A step's time when nothing disturbs it: the fastest of 20 to 160."""
-        from skimp.meter.speed import time_generation
-
-        prompts = self.prompts(batch, context)
-        best, start = float("inf"), time.perf_counter()
-        for _ in range(8):
-            best = min(best, *time_generation(self.engine, prompts, 20)[0])
-            if time.perf_counter() - start > 0.6:
-                break
-        return best
-
-    def prefill_s(self, context: int, repeat: int = 3) -> float:
-        from skimp.meter.speed import time_prefill
-
-        return min(time_prefill(self.engine, self.prompts(1, context)) for _ in range(repeat))
-
-    def matrix_curve(self, hardware: Hardware) -> Curve:
-        """(rows, TFLOP/s) from one row to a long prompt."""
-        rates = [(n, self.matrix_rate(hardware, n)) for n in _ROWS]
-        rates += [(n, self.prefill_rate(hardware, n)) for n in _PREFILL]
-        return tuple((float(n), rate) for n, rate in rates)
-
-    def matrix_rate(self, hardware: Hardware, batch: int) -> float:
-        """TFLOP/s that explain a step of ``batch`` rows once the overheads are taken off."""
-        steps = [SequenceStep(context=_SHORT)] * batch
-        return self._rate(hardware, steps, self.step_s(batch, _SHORT), "matmul")
-
-    def prefill_rate(self, hardware: Hardware, tokens: int) -> float:
-        steps = [SequenceStep(context=tokens, tokens=tokens)]
-        return self._rate(hardware, steps, self.prefill_s(tokens), "matmul")
-
-    def attention_rate(self, hardware: Hardware) -> float:
-        """TFLOP/s of attention in a prefill."""
-        steps = [SequenceStep(context=_LONG, tokens=_LONG)]
-        return self._rate(hardware, steps, self.prefill_s(_LONG), "attention")
-
-    def cache_rate(self, hardware: Hardware, batch: int) -> tuple[float, float]:
-        """Cache bytes of a step, and the GB/s at which one query a sequence walks them: what a
-        longer past costs."""
-        few, many = _SHORT, _LONG
-        seconds = self.step_s(batch, many) - self.step_s(batch, few)
-        costs = [step_cost(self.work, uniform(batch, n + 10)) for n in (few, many)]
-        more = costs[1].cache_read_bytes - costs[0].cache_read_bytes
-        pace = min(more / max(seconds, 1e-6) / 1e9, hardware.bandwidth(1.0))
-        return float(costs[1].cache_read_bytes), pace
-
-    def _rate(
-        self, hardware: Hardware, steps: Sequence[SequenceStep], seconds: float, kind: str
+    def seconds(
+        self, hardware: Hardware, steps: Sequence[SequenceStep], *case: int, prefill: bool = False
     ) -> float:
-        cost = step_cost(self.work, steps)
-        predicted = predict(cost, hardware)
-        kinds = [term.kind for term in cost.terms]
-        others = sum(t.seconds for t, k in zip(predicted.terms, kinds) if k != kind)
-        flops = cost.matmul_flops if kind == "matmul" else cost.attention_flops
-        # Whatever is left belongs to this kind; at least a tenth, lest noise make it instant.
-        left = max(seconds - predicted.overhead_s - others, 0.1 * seconds)
-        return flops / left / 1e12
+        """What a step in the format takes, on the machine as ``hardware`` knows it."""
+        dense, low = fastest([self.dense, self.low], *case, prefill=prefill)
+        return low * predict(step_cost(self.dense.work, steps), hardware).seconds / dense
+
+    def rate(
+        self, hardware: Hardware, steps: Sequence[SequenceStep], *case: int, prefill: bool = False
+    ) -> float:
+        seconds = self.seconds(hardware, steps, *case, prefill=prefill)
+        return _rate(hardware, self.low.work, steps, seconds, self.name)
+
+    def share(self, hardware: Hardware, name: str, batch: int) -> float:
+        seconds = self.seconds(hardware, _steps(batch), batch, _SHORT)
+        return _share(hardware, self.low.work, batch, seconds, name)
 
 
-def _wide() -> ModelSpec:
+def _rate(
+    hardware: Hardware,
+    work: ModelWork,
+    steps: Sequence[SequenceStep],
+    seconds: float,
+    name: str,
+) -> float:
+    """TFLOP/s of products in ``name`` that explain a step's time."""
+    cost = step_cost(work, steps)
+
+    def mine(term: Term) -> bool:
+        return term.kind == "matmul" and (term.arithmetic or cost.compute_dtype) == name
+
+    flops = sum(term.flops for term in cost.terms if mine(term))
+    return flops / _left(hardware, cost, seconds, mine) / 1e12
+
+
+def _share(hardware: Hardware, work: ModelWork, batch: int, seconds: float, name: str) -> float:
+    """The share of what weights come late that explains a step's time beyond its arithmetic."""
+    cost = step_cost(work, _steps(batch))
+    full = replace(hardware, exposed={**hardware.exposed, name: ((1.0, 1.0),)})
+    none = replace(hardware, exposed={**hardware.exposed, name: ((1.0, 0.0),)})
+    least, most = predict(cost, none).seconds, predict(cost, full).seconds
+    if most < 1.05 * least:  # this many bytes are no slower than the cache's
+        return 0.0
+    return min(max((seconds - least) / (most - least), 0.0), 2.0)
+
+
+def _left(
+    hardware: Hardware, cost: StepCost, seconds: float, mine: Callable[[Term], bool]
+) -> float:
+    """What of a step's time is left for some of its terms; at least a tenth, lest noise make them
+    instant."""
+    time_ = predict(cost, hardware)
+    others = sum(t.seconds for t, term in zip(time_.terms, cost.terms) if not mine(term))
+    return max(seconds - time_.overhead_s - others, 0.1 * seconds)
+
+
+def _is_product(term: Term) -> bool:
+    return term.kind == "matmul"
+
+
+def _steps(batch: int) -> list[SequenceStep]:
+    return [SequenceStep(context=_SHORT + 3)] * batch
+
+
+def _prompt(tokens: int) -> list[SequenceStep]:
+    return [SequenceStep(context=tokens, tokens=tokens)]
+
+
+def _wide(layers: int, form: WeightFormat | None = None) -> ModelSpec:
     """Matrices large enough that products are most of a step."""
-    return _spec(layers=3, hidden=512, inner=2048, heads=8, vocab=512)
+    return probe_spec(layers=layers, hidden=512, inner=2048, heads=8, vocab=512, format=form)
 
 
-def _spec(
-    *,
-    layers: int,
-    hidden: int = 64,
-    inner: int = 64,
-    heads: int = 1,
-    vocab: int = 256,
-) -> ModelSpec:
-    from skimp.model.spec import AttentionSpec, GatedFFNSpec, LayerSpec, ModelSpec, RopeSpec
+def _layers(dtype: str, size: float, form: WeightFormat | None = None) -> int:
+    """Layers of :func:`_wide` that hold about ``size`` bytes."""
+    matrices = spec_work(_wide(1, form), dtype).matrices
+    return max(1, round(size / sum(m.bytes for m in matrices if not m.head)))
 
-    layer = LayerSpec(
-        mixer=AttentionSpec(
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=64,
-            rope=RopeSpec(theta=1e4, rotary_dim=64),
-            scale=0.125,
-        ),
-        ffn=GatedFFNSpec(intermediate_size=inner),
-    )
-    return ModelSpec(
-        family="llama",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        layers=(layer,) * layers,
-        norm_eps=1e-5,
-        max_positions=4096,
-        tie_embeddings=True,
-    )
+
+def _bytes_a_flop(form: WeightFormat) -> float:
+    """Of a product with one row."""
+    return form.bits_per_weight(512) / 16
 
 
 def _kernels(backend: str) -> str:
