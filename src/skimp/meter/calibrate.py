@@ -14,8 +14,9 @@ cancels.
 from __future__ import annotations
 
 import hashlib
+import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,20 +24,18 @@ from typing import TYPE_CHECKING, Any
 
 from skimp.cost import (
     Hardware,
-    ModelWork,
     Overheads,
-    SequenceStep,
     StepCost,
     Term,
     predict,
     step_cost,
     this_machine,
-    uniform,
 )
+from skimp.cost.hardware import Curve
 from skimp.cost.machine import cache_dir, cpu_model, kept
 from skimp.cost.work import arithmetic
 from skimp.errors import SkimpWarning
-from skimp.meter.probe import CONTEXT, FormatRefused, Probe, fastest, probe_spec
+from skimp.meter.probe import CONTEXT, FormatRefused, Probe, Timing, probe_spec, time_all
 from skimp.meter.work import engine_threads, spec_work
 
 if TYPE_CHECKING:
@@ -50,9 +49,9 @@ _PREFILL = (128, 512)
 _FAR_ROWS = (1, 4, 8, 16)  # more rows hide the memory's time, or all that they ever will
 _WALKS = (4, 16, 64)  # sequences whose caches fit a processor's cache, or do not
 _SHORT, _LONG = 4, CONTEXT
+_MANY = 32
 _NEAR = 16e6  # bytes of weights that fit a processor's cache,
 _FAR = (64e6, 400e6)  # and from where to where they are likely not to
-_TURN = 0.2  # seconds that a figure is worth
 
 
 def engine_hardware(engine: Engine) -> Hardware:
@@ -117,76 +116,127 @@ def calibrated(
 
 def measure_engine(hardware: Hardware, *, dtype: str, options: dict[str, Any]) -> Hardware:
     """``hardware`` with rates, paces and overheads as the engine shows them."""
-    bare = replace(hardware, weights_curve=(), exposed={})
-    bare = replace(bare, overheads=_overheads(dtype, options))
-    near = Probe(_wide(_layers(dtype, _NEAR)), dtype, options)
+    narrow = {
+        name: Probe(spec, dtype, options)
+        for name, spec in (
+            ("thin", probe_spec(layers=2)),
+            ("deep", probe_spec(layers=10)),
+            ("wordy", probe_spec(layers=2, vocab=16384)),
+        )
+    }
+    layers = dict.fromkeys(_layers(dtype, size) for size in _sizes(hardware))
+    wide = [Probe(_wide(count), dtype, options) for count in layers]
+    near, far = wide[0], wide[-1]
+    small = [Timing(probe=p, rows=n, context=_SHORT) for p in narrow.values() for n in (1, _MANY)]
+    products = _products(near)
+    walks = [(Timing(probe=near, rows=n, context=c)) for n in _WALKS for c in (_SHORT, _LONG)]
+    prefill = Timing(probe=near, context=_LONG, prefill=True)
+    streams = [Timing(probe=probe, context=_SHORT) for probe in wide]
+    shares = [Timing(probe=far, rows=n, context=_SHORT) for n in _FAR_ROWS]
+    every = time_all([*small, *products, *walks, prefill, *streams, *shares])
+    took = {timing: statistics.median(passes) for timing, passes in every.items()}
 
-    def rate(steps: list[SequenceStep], *case: int, prefill: bool = False) -> float:
-        (took,) = fastest([near], *case, prefill=prefill, seconds=_TURN)
-        return _rate(bare, near.work, steps, took, dtype)
+    found = replace(
+        hardware,
+        overheads=_overheads(narrow, {(t.probe, t.rows): took[t] for t in small}),
+        weights_curve=(),
+        exposed={},
+    )
+    rates = _curve(found, products, took, dtype)
+    found = replace(found, matrix_tflops={**found.matrix_tflops, dtype: rates})
+    found = _with_attention(found, prefill, walks, took)
+    found = replace(found, weights_curve=_paces(found, streams, took))
+    # One row of dense weights waits for all that comes late: that is how its pace was found.
+    late = [(1.0, 1.0)]
+    late += [(float(t.rows), _share(found, t, took[t], dtype)) for t in shares[1:]]
+    return replace(found, exposed={**found.exposed, dtype: tuple(late)})
 
-    curve = [(float(n), rate(_steps(n), n, _SHORT)) for n in _ROWS]
-    curve += [(float(n), rate(_prompt(n), 1, n, prefill=True)) for n in _PREFILL]
-    bare = replace(bare, matrix_tflops={**bare.matrix_tflops, dtype: tuple(curve)})
-    return _with_weights(_with_attention(bare, near), dtype, options)
+
+def measure_format(
+    hardware: Hardware, form: WeightFormat, dtype: str, options: dict[str, Any]
+) -> Hardware:
+    """``hardware``, which knows the engine, with how it multiplies by matrices in ``form``.
+
+    The same shapes in ``dtype`` are timed in turn with them, and what the machine is slower or
+    faster now than ``hardware`` says of those is taken off. Raises FormatRefused.
+    """
+    name = arithmetic(form)
+    far_bytes = hardware.weights_curve[-1][0]
+    # PyTorch widens low-bit matrices before it multiplies, which hides whatever memory takes.
+    sizes = (_NEAR,) if options["backend"] == "plain" else (_NEAR, far_bytes)
+    dense = [Probe(_wide(_layers(dtype, size)), dtype, options) for size in sizes]
+    low = [Probe(_wide(_layers(dtype, size, form), form), dtype, options) for size in sizes]
+    near = _products(low[0])
+    far = [Timing(probe=p, rows=n, context=_SHORT) for p in low[1:] for n in _FAR_ROWS]
+    twins = {t: replace(t, probe=dense[low.index(t.probe)]) for t in (*near, *far)}
+    took = time_all(timing for pair in twins.items() for timing in pair)
+
+    def now(timing: Timing) -> float:
+        twin = twins[timing]
+        ratio = statistics.median(a / b for a, b in zip(took[timing], took[twin]))
+        return ratio * predict(step_cost(twin.probe.work, twin.steps()), hardware).seconds
+
+    own = {timing: now(timing) for timing in twins}
+    rates = _curve(hardware, near, own, name)
+    found = replace(hardware, matrix_tflops={**hardware.matrix_tflops, name: rates})
+    late = tuple((float(t.rows), _share(found, t, own[t], name)) for t in far)
+    return replace(found, exposed={**found.exposed, name: late or ((1.0, 0.0),)})
 
 
-def _overheads(dtype: str, options: dict[str, Any]) -> Overheads:
-    thin, deep = probe_spec(layers=2), probe_spec(layers=10)
-    wordy = probe_spec(layers=2, vocab=16384)
-    probes = [Probe(spec, dtype, options) for spec in (thin, deep, wordy)]
-    one, deep_one, _ = fastest(probes, 1, _SHORT, seconds=3 * _TURN)
-    many, deep_many, wordy_many = fastest(probes, 32, _SHORT, seconds=3 * _TURN)
-    layers = deep.num_layers - thin.num_layers
-    layer = max(0.0, (deep_one - one) / layers)
-    layer_row = max(0.0, ((deep_many - deep_one) - (many - one)) / layers / 31)
-    sequence = max(0.0, (many - one) / 31 - thin.num_layers * layer_row)
+def _products(probe: Probe) -> list[Timing]:
+    """What the rates of products are told from, from one row to a long prompt."""
+    steps = [Timing(probe=probe, rows=n, context=_SHORT) for n in _ROWS]
+    return [*steps, *(Timing(probe=probe, context=n, prefill=True) for n in _PREFILL)]
+
+
+def _overheads(
+    probes: Mapping[str, Probe], seconds: Mapping[tuple[Probe, int], float]
+) -> Overheads:
+    thin, deep, wordy = probes["thin"], probes["deep"], probes["wordy"]
+    one, many = seconds[thin, 1], seconds[thin, _MANY]
+    layers = len(deep.work.mixers) - len(thin.work.mixers)
+    words = wordy.work.embedding_rows - thin.work.embedding_rows
+    layer = max(0.0, (seconds[deep, 1] - one) / layers)
+    deeper = seconds[deep, _MANY] - seconds[deep, 1] - (many - one)
+    layer_row = max(0.0, deeper / layers / (_MANY - 1))
+    sequence = max(0.0, (many - one) / (_MANY - 1) - len(thin.work.mixers) * layer_row)
     return Overheads(
-        step_s=max(0.0, one - thin.num_layers * layer - sequence),
+        step_s=max(0.0, one - len(thin.work.mixers) * layer - sequence),
         layer_s=layer,
         sequence_s=sequence,
         layer_row_s=layer_row,
-        logit_s=max(0.0, (wordy_many - many) / 32 / (wordy.vocab_size - thin.vocab_size)),
+        logit_s=max(0.0, (seconds[wordy, _MANY] - many) / _MANY / words),
     )
 
 
-def _with_attention(hardware: Hardware, probe: Probe) -> Hardware:
+def _with_attention(
+    hardware: Hardware, prefill: Timing, walks: Sequence[Timing], took: Mapping[Timing, float]
+) -> Hardware:
     """``hardware``, which knows its matrix rates, with those of attention: in a prefill, and for
-    one query a sequence what a longer past costs."""
-    (took,) = fastest([probe], 1, _LONG, prefill=True, seconds=_TURN)
-    cost = step_cost(probe.work, _prompt(_LONG))
-    left = _left(hardware, cost, took, lambda term: term.kind == "attention")
-    found = replace(hardware, attention_tflops=cost.attention_flops / left / 1e12)
-    walks = []
-    for batch in _WALKS:
-        (few,) = fastest([probe], batch, _SHORT, seconds=_TURN)
-        (many,) = fastest([probe], batch, _LONG, seconds=_TURN)
-        costs = [step_cost(probe.work, uniform(batch, n + 3)) for n in (_SHORT, _LONG)]
-        more = costs[1].cache_read_bytes - costs[0].cache_read_bytes
-        pace = min(more / max(many - few, 1e-6) / 1e9, hardware.bandwidth(1.0))
-        walks.append((float(costs[1].cache_read_bytes), pace))
-    return replace(found, attention_curve=tuple(walks))
-
-
-def _with_weights(hardware: Hardware, dtype: str, options: dict[str, Any]) -> Hardware:
-    """``hardware``, which knows its other rates, with the pace of weights from caches and memory,
-    and how much of their way shows."""
-    curve: list[tuple[float, float]] = []
-    for layers in dict.fromkeys(_layers(dtype, size) for size in _sizes(hardware)):
-        probe = Probe(_wide(layers), dtype, options)
-        (took,) = fastest([probe], 1, _SHORT, seconds=_TURN)
-        cost = step_cost(probe.work, _steps(1))
-        pace = cost.weight_bytes / _left(hardware, cost, took, _is_product) / 1e9
-        curve.append((cost.weight_bytes, min(pace, curve[-1][1]) if curve else pace))
-    # One row of dense weights waits for all that comes late: that is how its pace was found.
-    shares = [(1.0, 1.0)]
-    found = replace(
-        hardware, weights_curve=tuple(curve), exposed={**hardware.exposed, dtype: tuple(shares)}
+    one query a sequence what a longer past costs. ``walks``: a short and a long past in turn."""
+    cost = step_cost(prefill.probe.work, prefill.steps())
+    left = _left(hardware, cost, took[prefill], lambda term: term.kind == "attention")
+    curve = []
+    for short, long in zip(walks[::2], walks[1::2]):
+        read = [step_cost(t.probe.work, t.steps()).cache_read_bytes for t in (short, long)]
+        pace = (read[1] - read[0]) / max(took[long] - took[short], 1e-6) / 1e9
+        curve.append((read[1], min(pace, hardware.bandwidth(1.0))))
+    return replace(
+        hardware,
+        attention_tflops=cost.attention_flops / left / 1e12,
+        attention_curve=tuple(curve),
     )
-    for n in _FAR_ROWS[1:]:
-        (took,) = fastest([probe], n, _SHORT, seconds=_TURN)
-        shares.append((float(n), _share(found, probe.work, n, took, dtype)))
-    return replace(found, exposed={**found.exposed, dtype: tuple(shares)})
+
+
+def _paces(hardware: Hardware, streams: Sequence[Timing], took: Mapping[Timing, float]) -> Curve:
+    """(bytes of a step, GB/s) of one row through ever more dense weights."""
+    curve: list[tuple[float, float]] = []
+    for timing in streams:
+        cost = step_cost(timing.probe.work, timing.steps())
+        left = _left(hardware, cost, took[timing], lambda term: term.kind == "matmul")
+        pace = cost.weight_bytes / left / 1e9
+        curve.append((cost.bytes_read, min(pace, curve[-1][1]) if curve else pace))
+    return tuple(curve)
 
 
 def _sizes(hardware: Hardware) -> list[float]:
@@ -201,79 +251,32 @@ def _sizes(hardware: Hardware) -> list[float]:
     return sizes
 
 
-def measure_format(
-    hardware: Hardware, form: WeightFormat, dtype: str, options: dict[str, Any]
-) -> Hardware:
-    """``hardware``, which knows the engine, with how it multiplies by matrices in ``form``.
-
-    The same shapes in ``dtype`` are timed in turn with them, and what the machine is slower or
-    faster now than ``hardware`` says of those is taken off. Raises FormatRefused.
-    """
-    name = arithmetic(form)
-    near = _Pair(_NEAR, form, dtype, options)
-    curve = [(float(n), near.rate(hardware, _steps(n), n, _SHORT)) for n in _ROWS]
-    curve += [(float(n), near.rate(hardware, _prompt(n), 1, n, prefill=True)) for n in _PREFILL]
-    found = replace(hardware, matrix_tflops={**hardware.matrix_tflops, name: tuple(curve)})
-    far_bytes = hardware.weights_curve[-1][0] if hardware.weights_curve else 0.0
-    shares = [(1.0, 0.0)]
-    # Where arithmetic alone takes several times as long as memory, nothing of it shows.
-    if far_bytes and 8 * _bytes_a_flop(form) * curve[0][1] * 1e3 > hardware.bandwidth_gb_s:
-        far = _Pair(far_bytes, form, dtype, options)
-        shares = [(float(n), far.share(found, name, n)) for n in _FAR_ROWS]
-    return replace(found, exposed={**found.exposed, name: tuple(shares)})
-
-
-class _Pair:
-    """Probes of one number of bytes, dense and in a format."""
-
-    def __init__(
-        self, size: float, form: WeightFormat, dtype: str, options: dict[str, Any]
-    ) -> None:
-        self.name = arithmetic(form)
-        self.dense = Probe(_wide(_layers(dtype, size)), dtype, options)
-        self.low = Probe(_wide(_layers(dtype, size, form), form), dtype, options)
-
-    def seconds(
-        self, hardware: Hardware, steps: Sequence[SequenceStep], *case: int, prefill: bool = False
-    ) -> float:
-        """What a step in the format takes, on the machine as ``hardware`` knows it."""
-        dense, low = fastest([self.dense, self.low], *case, prefill=prefill)
-        return low * predict(step_cost(self.dense.work, steps), hardware).seconds / dense
-
-    def rate(
-        self, hardware: Hardware, steps: Sequence[SequenceStep], *case: int, prefill: bool = False
-    ) -> float:
-        seconds = self.seconds(hardware, steps, *case, prefill=prefill)
-        return _rate(hardware, self.low.work, steps, seconds, self.name)
-
-    def share(self, hardware: Hardware, name: str, batch: int) -> float:
-        seconds = self.seconds(hardware, _steps(batch), batch, _SHORT)
-        return _share(hardware, self.low.work, batch, seconds, name)
-
-
-def _rate(
-    hardware: Hardware,
-    work: ModelWork,
-    steps: Sequence[SequenceStep],
-    seconds: float,
-    name: str,
-) -> float:
-    """TFLOP/s of products in ``name`` that explain a step's time."""
-    cost = step_cost(work, steps)
+def _curve(
+    hardware: Hardware, timings: Sequence[Timing], took: Mapping[Timing, float], name: str
+) -> Curve:
+    """(rows, TFLOP/s) of products in ``name`` that explain the timings."""
 
     def mine(term: Term) -> bool:
-        return term.kind == "matmul" and (term.arithmetic or cost.compute_dtype) == name
+        return term.kind == "matmul" and (term.arithmetic or dtype) == name
 
-    flops = sum(term.flops for term in cost.terms if mine(term))
-    return flops / _left(hardware, cost, seconds, mine) / 1e12
+    dtype = timings[0].probe.work.compute_dtype
+    curve = []
+    for timing in timings:
+        cost = step_cost(timing.probe.work, timing.steps())
+        flops = sum(term.flops for term in cost.terms if mine(term))
+        curve.append((float(cost.rows), flops / _left(hardware, cost, took[timing], mine) / 1e12))
+    return tuple(curve)
 
 
-def _share(hardware: Hardware, work: ModelWork, batch: int, seconds: float, name: str) -> float:
+def _share(hardware: Hardware, timing: Timing, seconds: float, name: str) -> float:
     """The share of what weights come late that explains a step's time beyond its arithmetic."""
-    cost = step_cost(work, _steps(batch))
-    full = replace(hardware, exposed={**hardware.exposed, name: ((1.0, 1.0),)})
-    none = replace(hardware, exposed={**hardware.exposed, name: ((1.0, 0.0),)})
-    least, most = predict(cost, none).seconds, predict(cost, full).seconds
+    cost = step_cost(timing.probe.work, timing.steps())
+
+    def with_share(value: float) -> float:
+        exposed = {**hardware.exposed, name: ((1.0, value),)}
+        return predict(cost, replace(hardware, exposed=exposed)).seconds
+
+    least, most = with_share(0.0), with_share(1.0)
     if most < 1.05 * least:  # this many bytes are no slower than the cache's
         return 0.0
     return min(max((seconds - least) / (most - least), 0.0), 2.0)
@@ -289,18 +292,6 @@ def _left(
     return max(seconds - time_.overhead_s - others, 0.1 * seconds)
 
 
-def _is_product(term: Term) -> bool:
-    return term.kind == "matmul"
-
-
-def _steps(batch: int) -> list[SequenceStep]:
-    return [SequenceStep(context=_SHORT + 3)] * batch
-
-
-def _prompt(tokens: int) -> list[SequenceStep]:
-    return [SequenceStep(context=tokens, tokens=tokens)]
-
-
 def _wide(layers: int, form: WeightFormat | None = None) -> ModelSpec:
     """Matrices large enough that products are most of a step."""
     return probe_spec(layers=layers, hidden=512, inner=2048, heads=8, vocab=512, format=form)
@@ -310,11 +301,6 @@ def _layers(dtype: str, size: float, form: WeightFormat | None = None) -> int:
     """Layers of :func:`_wide` that hold about ``size`` bytes."""
     matrices = spec_work(_wide(1, form), dtype).matrices
     return max(1, round(size / sum(m.bytes for m in matrices if not m.head)))
-
-
-def _bytes_a_flop(form: WeightFormat) -> float:
-    """Of a product with one row."""
-    return form.bits_per_weight(512) / 16
 
 
 def _kernels(backend: str) -> str:

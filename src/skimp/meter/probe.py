@@ -7,11 +7,14 @@ they are, and copies are quick to make.
 from __future__ import annotations
 
 import random
+import statistics
 import time
 import warnings
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from skimp.cost import SequenceStep, uniform
 from skimp.errors import SkimpWarning
 from skimp.meter.work import spec_work
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from skimp.model.spec import ModelSpec
 
 CONTEXT = 512  # the longest prompt that is timed
+PASSES = 5
+PATIENCE_S = 10.0  # fewer passes will have to do
 
 
 class FormatRefused(Exception):
@@ -50,11 +55,11 @@ class Probe:
 
         return [random_prompt(self.rng, self.work.embedding_rows, context) for _ in range(batch)]
 
-    def steps_s(self, batch: int, context: int, steps: int) -> float:
-        """The fastest of some steps."""
+    def step_s(self, batch: int, context: int) -> float:
+        """The median of a few steps."""
         from skimp.meter.speed import time_generation
 
-        return min(time_generation(self.engine, self.prompts(batch, context), steps)[0])
+        return statistics.median(time_generation(self.engine, self.prompts(batch, context), 5)[0])
 
     def prefill_s(self, context: int) -> float:
         from skimp.meter.speed import time_prefill
@@ -62,20 +67,38 @@ class Probe:
         return time_prefill(self.engine, self.prompts(1, context))
 
 
-def fastest(
-    probes: list[Probe], batch: int, context: int, *, prefill: bool = False, seconds: float = 0.3
-) -> list[float]:
-    """Each probe's step (or ``prefill``) when nothing disturbs it: its fastest, the probes taking
-    turns for some ``seconds`` so that a slow moment hits them alike."""
-    best = [float("inf")] * len(probes)
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What is timed of a probe: a step of ``rows`` sequences of ``context`` tokens, or the prefill
+    of one prompt."""
+
+    probe: Probe
+    context: int
+    rows: int = 1
+    prefill: bool = False
+
+    def steps(self) -> list[SequenceStep]:
+        """The step that was timed; its context grew by a few tokens meanwhile."""
+        if self.prefill:
+            return uniform(1, self.context, tokens=self.context)
+        return uniform(self.rows, self.context + 3)
+
+
+def time_all(timings: Iterable[Timing], passes: int = PASSES) -> dict[Timing, list[float]]:
+    """Seconds of each, in ``passes`` through all of them in their order, so that a slow moment
+    disturbs one pass of each, and neighbours alike. One pass before them does not count."""
+    found: dict[Timing, list[float]] = {timing: [] for timing in timings}
     start = time.perf_counter()
-    for turn in range(40):
-        for i, probe in enumerate(probes):
-            took = probe.prefill_s(context) if prefill else probe.steps_s(batch, context, 5)
-            best[i] = min(best[i], took)
-        if turn and time.perf_counter() - start > seconds:
+    for index in range(passes + 1):
+        if index > 1 and time.perf_counter() - start > PATIENCE_S:
             break
-    return best
+        for timing, own in found.items():
+            probe = timing.probe
+            if timing.prefill:
+                own.append(probe.prefill_s(timing.context))
+            else:
+                own.append(probe.step_s(timing.rows, timing.context))
+    return {timing: own[1:] for timing, own in found.items()}
 
 
 def repeated_decoder(spec: ModelSpec, dtype: str) -> Decoder:
