@@ -19,10 +19,12 @@ import torch
 from skimp.cost import hardware_by_name, predict, step_cost, uniform
 from skimp.cost.work import arithmetic
 from skimp.engine import Engine, EngineOptions
+from skimp.errors import SkimpWarning
 from skimp.formats.weight import WeightFormat
 from skimp.meter import calibrate
 from skimp.meter.divergence import Comparison, DivergenceResult, PairedDifference
 from skimp.meter.price import Candidate, Price, Row, disk_bytes, gains, price
+from skimp.meter.probe import FormatRefused
 from skimp.meter.quality import QualityResult
 from skimp.meter.report import as_markdown, as_text, write_html
 from skimp.meter.speed import Case, SpeedResult, bench_together
@@ -273,7 +275,7 @@ def test_arithmetic_has_a_name_a_kernel_not_a_group() -> None:
 @pytest.mark.parametrize("name", ["laptop", "desktop", "server", "h100"])
 def test_fewer_bits_are_never_predicted_slower_at_batch_1(name: str) -> None:
     spec = dataclasses.replace(
-        calibrate._spec(layers=4, hidden=512, inner=2048, heads=8), dtype="bfloat16"
+        calibrate.probe_spec(layers=4, hidden=512, inner=2048, heads=8), dtype="bfloat16"
     )
     matrices = [m.name for m in spec_work(spec).matrices if not m.head]
     works = [
@@ -286,7 +288,7 @@ def test_fewer_bits_are_never_predicted_slower_at_batch_1(name: str) -> None:
 
 
 def test_a_step_prices_each_format_apart() -> None:
-    spec = calibrate._spec(layers=2)
+    spec = calibrate.probe_spec(layers=2)
     mixed = dataclasses.replace(spec, formats={"layers.0.ffn.up_proj": FORMATS[2]})
     work = spec_work(mixed, "float32")
     terms = {t.name: t for t in step_cost(work, uniform(1, 9)).terms}
@@ -314,7 +316,8 @@ def test_a_format_is_measured_when_it_is_first_used(
     def measured(hardware, form, dtype, options):
         calls.append(arithmetic(form))
         rates = {**hardware.matrix_tflops, arithmetic(form): ((1.0, 0.5),)}
-        return dataclasses.replace(hardware, matrix_tflops=rates)
+        exposed = {**hardware.exposed, arithmetic(form): ((1.0, 0.5),)}
+        return dataclasses.replace(hardware, matrix_tflops=rates, exposed=exposed)
 
     monkeypatch.setattr(calibrate, "measure_format", measured)
 
@@ -330,8 +333,60 @@ def test_a_format_is_measured_when_it_is_first_used(
     found = get([FORMATS[0], FORMATS[2]])
     assert calls == ["int4", "int8"]
     assert found.matrix_rate("float32", 1, "int4") == 0.5
+    assert found.exposed["int8"] == ((1.0, 0.5),)
     assert "int4" in get([FORMATS[2]], measure=False).matrix_tflops
     assert calls == ["int4", "int8"]
+
+
+def test_another_base_or_an_old_one_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machines = iter([hardware_by_name("desktop"), hardware_by_name("server")])
+    calls: list[str] = []
+
+    def base(hardware, **kw):
+        calls.append("base")
+        return next(machines)
+
+    def measured(hardware, form, dtype, options):
+        calls.append(hardware.name)
+        return dataclasses.replace(
+            hardware,
+            matrix_tflops={**hardware.matrix_tflops, "int8": ((1.0, 0.5),)},
+            exposed={"int8": ((1.0, 0.5),)},
+        )
+
+    monkeypatch.setattr(calibrate, "this_machine", lambda **kw: hardware_by_name("desktop"))
+    monkeypatch.setattr(calibrate, "measure_engine", base)
+    monkeypatch.setattr(calibrate, "measure_format", measured)
+
+    def get(**kw):
+        return calibrate.calibrated(
+            dtype="float32", device="cpu", backend="plain", threads=1, formats=FORMATS[:1], **kw
+        )
+
+    assert get().name == get(max_age_s=60.0).name == "desktop"
+    assert calls == ["base", "desktop"]
+    assert get(max_age_s=0.0).name == "server"
+    assert calls == ["base", "desktop", "base", "server"]
+
+
+def test_a_refused_format_counts_as_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    desktop = hardware_by_name("desktop")
+    monkeypatch.setattr(calibrate, "this_machine", lambda **kw: desktop)
+    monkeypatch.setattr(calibrate, "measure_engine", lambda hardware, **kw: hardware)
+
+    def refused(*args):
+        raise FormatRefused("held as dense")
+
+    monkeypatch.setattr(calibrate, "measure_format", refused)
+    with pytest.warns(SkimpWarning, match="count as float32's: held as dense"):
+        found = calibrate.calibrated(
+            dtype="float32", device="cpu", backend="plain", threads=1, formats=FORMATS[2:3]
+        )
+    assert found == desktop
 
 
 def test_other_native_kernels_are_measured_anew() -> None:

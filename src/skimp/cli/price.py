@@ -12,6 +12,8 @@ from skimp.cli import options as opt
 if TYPE_CHECKING:
     from skimp.engine.options import EngineOptions
 
+RECENT_S = 600.0
+
 
 def price(
     base: Annotated[
@@ -118,7 +120,8 @@ def price(
             engine = load_engine(model, options)
             candidates.append(Candidate(name=entry, directory=locate_model(model), engine=engine))
         progress("measuring the machine")
-        hardware = [engine_hardware(candidate.engine) for candidate in candidates]
+        # Other tenants of a machine come and go: the prediction is for the machine as it is now.
+        hardware = [engine_hardware(c.engine, max_age_s=RECENT_S) for c in candidates]
         found = run(
             candidates,
             content,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -76,14 +77,23 @@ def this_machine(
     return kept(path, lambda: measure(threads=threads), fresh=fresh)
 
 
-def kept(path: Path, measure: Callable[[], Hardware], *, fresh: bool = False) -> Hardware:
+def kept(
+    path: Path,
+    measure: Callable[[], Hardware],
+    *,
+    fresh: bool = False,
+    max_age_s: float = math.inf,
+) -> Hardware:
     """The machine in ``path``, or measured and written there.
 
-    What was measured on a busy machine is measured again once the machine is quieter.
+    What was measured on a busy machine is measured again once the machine is quieter, and what is
+    older than ``max_age_s`` seconds in any case.
     """
     load = _load()
     if not fresh:
         try:
+            if time.time() - path.stat().st_mtime > max_age_s:
+                raise ValueError
             data = json.loads(path.read_text())
             if data["load"] <= max(BUSY, 2 * load):
                 return Hardware.from_dict(data["hardware"])

@@ -14,6 +14,7 @@ cancels.
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,7 +55,7 @@ _NEAR = 16e6  # bytes of weights that fit a processor's cache,
 _FAR = (64e6, 400e6)  # and from where to where they are likely not to
 
 
-def engine_hardware(engine: Engine) -> Hardware:
+def engine_hardware(engine: Engine, *, max_age_s: float = math.inf) -> Hardware:
     """The machine as ``engine`` uses it: its backend, dtype and threads."""
     return calibrated(
         dtype=str(engine.dtype).removeprefix("torch."),
@@ -63,6 +64,7 @@ def engine_hardware(engine: Engine) -> Hardware:
         threads=engine_threads(engine),
         deterministic=engine.options.deterministic,
         formats=[m.format for m in engine.work.matrices if m.format is not None],
+        max_age_s=max_age_s,
     )
 
 
@@ -75,10 +77,11 @@ def calibrated(
     deterministic: bool = False,
     formats: Iterable[WeightFormat] = (),
     measure: bool = True,
+    max_age_s: float = math.inf,
 ) -> Hardware:
     """The machine at hand with the engine's own rates and overheads, from an earlier calibration
-    if there is one. A GPU is taken from the table. Without ``measure`` only what is known already
-    is used."""
+    if there is one of at most ``max_age_s`` seconds. A GPU is taken from the table. Without
+    ``measure`` only what is known already is used."""
     import torch
 
     import skimp
@@ -98,12 +101,17 @@ def calibrated(
     options = {"backend": backend, "threads": threads, "deterministic": deterministic}
     if not (measure or path().exists()):
         return hardware
-    found = kept(path(), lambda: measure_engine(hardware, dtype=dtype, options=options))
+    found = base = kept(
+        path(),
+        lambda: measure_engine(hardware, dtype=dtype, options=options),
+        max_age_s=max_age_s,
+    )
     for name, form in {arithmetic(form): form for form in formats}.items():
-        if not (measure or path(name).exists()):
+        file = path(name, repr(base))  # another base, other figures beside it
+        if not (measure or file.exists()):
             continue
         try:
-            probed = kept(path(name), partial(measure_format, found, form, dtype, options))
+            probed = kept(file, partial(measure_format, base, form, dtype, options))
         except FormatRefused as refusal:
             message = f"calibration: products of {form.name} count as {dtype}'s: {refusal}"
             warnings.warn(message, SkimpWarning, stacklevel=2)
