@@ -12,7 +12,13 @@ from meter_models import Bytes, noisy_decoder, plain_logits, tiny_engine
 
 from skimp.engine import Engine, EngineOptions
 from skimp.errors import RequestError
-from skimp.meter.divergence import PairedDifference, _aligned, compare_all, compare_quality, divergence
+from skimp.meter.divergence import (
+    PairedDifference,
+    _aligned,
+    compare_all,
+    compare_quality,
+    divergence,
+)
 from skimp.meter.quality import Block, bootstrap, evaluate, windows
 
 WORDS = "the king hurried off down the road to open parliament and nobody was at home. "
