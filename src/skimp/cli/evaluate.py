@@ -10,6 +10,9 @@ from skimp.cli import options as opt
 from skimp.cli import tasks as asking
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from skimp.engine import Engine
     from skimp.meter.tasks import TaskResult
 
 FEW_BLOCKS = 10  # a bootstrap over fewer passages says little
@@ -65,9 +68,10 @@ def evaluate(
       skimp eval ./model --task blimp.jsonl.xz --task gsm8k.jsonl --shots 4 --max-items 500
     """
     from skimp.cli.models import load_engine
-    from skimp.cli.output import print_json, progress_bar
+    from skimp.cli.output import note, print_json, progress_bar
     from skimp.meter.quality import evaluate as run
     from skimp.meter.tasks import run_task
+    from skimp.model.locate import locate_model
 
     if task and text is None:
         asking.refuse(
@@ -104,6 +108,9 @@ def evaluate(
             )
         found = result.as_dict()
         _note_few(result.blocks)
+        warning = calibration_warning(engine, locate_model(model), content, limit)
+        if warning is not None:
+            note(f"warning: {warning}")
         if not json_output:
             low, high = result.ci95
             print(
@@ -154,6 +161,20 @@ def _print_tasks(results: list[TaskResult]) -> None:
                 f"note: {result.name}: {result.notes['unfinished']} of {result.n} answers ended at "
                 f"max_tokens {result.notes['max_tokens']}"
             )
+
+
+def calibration_warning(
+    engine: Engine, directory: Path, text: str, max_bytes: int | None
+) -> str | None:
+    """A line if the model was calibrated on text unlike the one it is measured on."""
+    from skimp.meter.quality import read_text
+    from skimp.shrink.text import Imprint
+
+    imprint = Imprint.read(directory)
+    if imprint is None:
+        return None
+    reading = read_text(engine, text, context=engine.max_context - 1, max_bytes=max_bytes)
+    return imprint.unlike([token for document in reading.documents for token in document.ids])
 
 
 def read_text(name: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -74,7 +74,7 @@ def read_tasks(
         refuse("needs a --task", kind=kind, max_items=max_items)
     items = None if max_items is None else opt.parse_count(max_items, "max_items")
     tasks = tuple(read_task(name, kind=kind, max_items=items, seed=seed) for name in names)
-    asked = {
+    asked: dict[str, Any] = {
         "shots": shots,
         "max_tokens": None if max_tokens is None else opt.parse_count(max_tokens, "max_tokens"),
         "template": None if template is None else template.replace("\\n", "\n"),

@@ -60,6 +60,22 @@ def total_memory() -> int:
     return total
 
 
+def free_memory() -> int:
+    """Bytes that programs can still have: what caches of files hold is theirs to take."""
+    free = total_memory()
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = min(free, int(line.split()[1]) << 10)
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        stats = Path("/sys/fs/cgroup/memory.stat").read_text().split()
+        cached = int(stats[stats.index("inactive_file") + 1])
+        free = min(free, total_memory() - used + cached)
+    except (OSError, ValueError):
+        pass
+    return max(0, free)
+
+
 def this_machine(
     *, threads: int | None = None, device: str = "cpu", fresh: bool = False
 ) -> Hardware:

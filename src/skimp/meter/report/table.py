@@ -1,11 +1,12 @@
-"""The price's two tables, losses and speeds, as rows of text."""
+"""The price's tables (losses, scores, speeds) as rows of text."""
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
 
-from skimp.meter.price import Price, Row
+from skimp.meter.price import Price, Row, TaskPrice, inside_noise
+from skimp.meter.tasks import TaskResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,8 @@ class Table:
     note: str
 
 
-def tables(price: Price) -> tuple[Table, Table]:
-    """Loss and bytes; speed."""
+def tables(price: Price) -> tuple[Table, ...]:
+    """Loss and bytes; scores, if tasks were asked; speed."""
     rows = (price.base, *price.rows)
     quality, first = price.base.quality, price.base.speed[0].result
     loss = Table(
@@ -41,8 +42,12 @@ def tables(price: Price) -> tuple[Table, Table]:
             f"bytes), windows of {quality.context}; intervals from a bootstrap over "
             f"{quality.blocks} passages, losses and KL paired with the base; "
             f"{first.device}, {_each(rows, 'dtype')}"
+            + "".join(f"; {row.name}: {line}" for row in rows for line in row.warnings)
         ),
     )
+    turns = "all models loaded and taking turns"
+    if not price.together:
+        turns = "each model taking turns with the base alone, as memory does not hold all of them"
     speed = Table(
         title="What it gains",
         columns=(
@@ -59,15 +64,14 @@ def tables(price: Price) -> tuple[Table, Table]:
         note=(
             f"{first.device}, {_each(rows, 'dtype')}, {_each(rows, 'backend')} kernels, "
             f"{first.threads} threads; medians of {first.rounds} rounds of {first.case.new_tokens} "
-            "steps, all models loaded and taking turns; spread is (slowest - fastest) / median; "
-            f"{first.hardware}"
+            f"steps, {turns}; spread is (slowest - fastest) / median; {first.hardware}"
         ),
     )
-    return loss, speed
+    return (loss, *([_scores(rows)] if price.base.tasks else []), speed)
 
 
 def as_text(price: Price) -> str:
-    """Both tables for a terminal, as wide as they need."""
+    """The tables for a terminal, as wide as they need."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
@@ -86,7 +90,7 @@ def as_text(price: Price) -> str:
 
 
 def as_markdown(price: Price) -> str:
-    """Both tables as Markdown."""
+    """The tables as Markdown."""
     parts = []
     for table in tables(price):
         rule = ["---", *["---:"] * (len(table.columns) - 1)]
@@ -106,8 +110,7 @@ def _loss(row: Row) -> tuple[str, ...]:
         lost = f"{worse:+.4f} ({low:+.4f} to {high:+.4f})"
         low, high = found.divergence.ci95
         kl = f"{found.divergence.kl:.3g} ({low:.3g} to {high:.3g})"
-        verdict = "worse" if worse > 0 else "better"
-        verdict = "inside the noise" if found.paired.inside_noise else verdict
+        verdict = _verdict(worse, found.paired.inside_noise)
     sizes = (
         row.disk_bytes,
         row.resident_weight_bytes,
@@ -115,6 +118,62 @@ def _loss(row: Row) -> tuple[str, ...]:
         row.cache_bytes_per_token,
     )
     return (row.name, verdict, *map(_bytes, sizes), own, lost, kl)
+
+
+def _scores(rows: tuple[Row, ...]) -> Table:
+    lines = []
+    notes = dict.fromkeys(_task_note(task.result) for task in rows[0].tasks)
+    for index in range(len(rows[0].tasks)):
+        for name in rows[0].tasks[index].result.scores:
+            lines += [_score(row, row.tasks[index], name) for row in rows]
+    return Table(
+        title="What it still gets right",
+        columns=(
+            "model",
+            "score",
+            "value (95 %)",
+            "chance",
+            "items",
+            "difference (95 %)",
+            "verdict",
+        ),
+        rows=tuple(lines),
+        note=(
+            f"{'; '.join(notes)}; differences are paired with the base, item by item; "
+            f"{rows[0].speed[0].result.device}, {_each(rows, 'dtype')}"
+        ),
+    )
+
+
+def _score(row: Row, task: TaskPrice, name: str) -> tuple[str, ...]:
+    score = task.result.scores[name]
+    low, high = score.ci95
+    difference = verdict = ""
+    if (found := task.differences.get(name)) is not None:
+        difference = f"{found.value:+.4f} ({found.ci95[0]:+.4f} to {found.ci95[1]:+.4f})"
+        verdict = _verdict(-found.value, inside_noise(found))
+    return (
+        row.name,
+        f"{task.result.name}: {name}",
+        f"{score.value:.4f} ({low:.4f} to {high:.4f})",
+        "" if score.chance is None else f"{score.chance:.3f}",
+        f"{score.n:,}",
+        difference,
+        verdict or "base",
+    )
+
+
+def _task_note(result: TaskResult) -> str:
+    found = f"{result.name}: {result.kind}, {result.n:,} items"
+    if result.cut:
+        found += f", {result.cut} without the beginning of their context"
+    if "shots" in result.notes:
+        found += f", {result.notes['shots']} shots, {result.notes['unfinished']} unfinished"
+    return found
+
+
+def _verdict(worse: float, noise: bool) -> str:
+    return "inside the noise" if noise else "worse" if worse > 0 else "better"
 
 
 def _speed(row: Row) -> list[tuple[str, ...]]:
