@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 _PIECE = 4 << 20  # numbers; 16 MiB, a millisecond or so
-_FORMAT = 8  # of the file; raise it whenever what is measured changes
+_ALMOST = 16  # pieces of the largest buffer that may lie in a cache in part
+_FORMAT = 9  # of the file; raise it whenever what is measured changes
 
 
 def cache_dir() -> Path:
@@ -212,20 +213,23 @@ def _pass_s(buffer: torch.Tensor) -> float:
     """Seconds to read all of ``buffer`` while it is read again and again.
 
     It is timed in pieces short enough to lie between two interruptions, in order, so that a buffer
-    larger than a cache finds none of itself there. Some pieces of one that almost fits do find
-    themselves: each has its own time.
+    larger than a cache finds none of itself there. Of one that almost fits some pieces do find
+    themselves: each has its own time, the best. Those of a far larger one are alike.
     """
     pieces = buffer.split(_PIECE)
     repeat = max(1, (1 << 20) // buffer.numel())  # long enough for the clock
     times: list[list[float]] = [[] for _ in pieces]
     start = time.perf_counter()
-    while len(times[0]) < 8 and (not times[0] or time.perf_counter() - start < 0.25):
+    while len(times[0]) < 8 and (len(times[0]) < 3 or time.perf_counter() - start < 0.25):
         for piece, own in zip(pieces, times):
             begin = time.perf_counter()
             for _ in range(repeat):
                 piece.sum()
             own.append((time.perf_counter() - begin) / repeat)
-    return sum(sorted(own)[len(own) // 4] for own in times)
+    if len(pieces) > _ALMOST:
+        every = sorted(took for own in times for took in own)
+        return every[len(every) // 4] * len(pieces)
+    return sum(map(min, times))
 
 
 def _matrix_rates(dtype: str) -> Curve:
