@@ -47,7 +47,7 @@ def test_json_markdown_and_page(skimp, model_dir: Path, text: Path, tmp_path: Pa
     assert row["inside_noise"]
     for mine, base in zip(row["speed"], found["base"]["speed"]):
         assert mine["gain"] == pytest.approx(mine["tokens_per_s"] / base["tokens_per_s"])
-    assert markdown.read_text().count("\n| --- |") == 2
+    assert markdown.read_text().count("\n| --- |") == 3
     assert page.read_text().count("<svg") == 3
 
 

@@ -194,11 +194,19 @@ def make_price() -> Price:
 
 def test_a_loss_whose_interval_holds_zero_is_inside_the_noise() -> None:
     lines = as_text(make_price()).splitlines()
-    (eight,) = [line for line in lines if line.strip().startswith("int8") and "MB" in line]
-    (four,) = [line for line in lines if line.strip().startswith("int4") and "MB" in line]
+    eight = next(line for line in lines if line.strip().startswith("int8"))
+    four = next(line for line in lines if line.strip().startswith("int4"))
     assert "inside the noise" in eight
     assert " worse " in four and "noise" not in four
     assert make_price().rows[0].as_dict()["inside_noise"] is True
+
+
+def test_tables_fit_a_terminal_of_a_hundred_columns() -> None:
+    lines = as_text(make_price()).splitlines()
+    notes = {table.note for table in tables(make_price())}
+    grid = [line for line in lines if line not in notes]
+    assert len(lines) - len(grid) == 4 and max(map(len, grid)) <= 100
+    assert any(line.split() == ["(1.1000", "to", "1.3000)"] for line in lines)
 
 
 def test_markdown_has_whole_lines() -> None:

@@ -166,7 +166,7 @@ class KnownProbe(calibrate.Probe):
 
     def step_s(self, batch: int, context: int) -> float:
         # A probe's context grows by a few tokens while it is timed.
-        cost = step_cost(self.work, uniform(batch, context + 3))
+        cost = step_cost(self.work, uniform(batch, context + 8))
         return self.slower * predict(cost, self.truth).seconds
 
     def prefill_s(self, context: int) -> float:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CONTEXT = 512  # the longest prompt that is timed
 PASSES = 5
+SETTLES = 64e6  # bytes of weights that some cache may hold
+GROWS = 8  # tokens, until half of the steps are timed
 PATIENCE_S = 10.0  # fewer passes will have to do
 
 
@@ -56,10 +58,13 @@ class Probe:
         return [random_prompt(self.rng, self.work.embedding_rows, context) for _ in range(batch)]
 
     def step_s(self, batch: int, context: int) -> float:
-        """The median of a few steps."""
+        """The median of a few steps, after as many others: what almost fits a cache settles in it
+        only after several, and what does not fit never does."""
         from skimp.meter.speed import time_generation
 
-        return statistics.median(time_generation(self.engine, self.prompts(batch, context), 5)[0])
+        steps = 16 if batch <= 8 and self.work.resident_weight_bytes < SETTLES else 6
+        times = time_generation(self.engine, self.prompts(batch, context), steps)[0]
+        return statistics.median(times[steps // 2 :])
 
     def prefill_s(self, context: int) -> float:
         from skimp.meter.speed import time_prefill
@@ -81,7 +86,7 @@ class Timing:
         """The step that was timed; its context grew by a few tokens meanwhile."""
         if self.prefill:
             return uniform(1, self.context, tokens=self.context)
-        return uniform(self.rows, self.context + 3)
+        return uniform(self.rows, self.context + GROWS)
 
 
 def time_all(timings: Iterable[Timing], passes: int = PASSES) -> dict[Timing, list[float]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from skimp.errors import OptionError
 from skimp.meter.price import Price
-from skimp.meter.report.table import Table, tables
+from skimp.meter.report.table import Table, parted, tables
 
 WIDTH = 5.2  # inches of a chart: some 375 CSS pixels, so its letters are the page's size
 INK = "#010203"  # stands for the page's text colour until the SVG is inside the page
@@ -111,10 +111,9 @@ def _table(table: Table) -> str:
 
 def _cell(text: str) -> str:
     """A figure, and in a line of its own what is in brackets after it: an interval."""
-    found = re.fullmatch(r"(.+?) (\([^()]*\))", text)
-    if found is None:
-        return f"<span>{escape(text)}</span>"
-    return f"<span>{escape(found[1])} <small>{escape(found[2])}</small></span>"
+    figure, interval = parted(text)
+    small = f" <small>{escape(interval)}</small>" if interval else ""
+    return f"<span>{escape(figure)}{small}</span>"
 
 
 def _svg(draw: Any, price: Price) -> str:

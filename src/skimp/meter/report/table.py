@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 
 from skimp.meter.price import Price, Row, TaskPrice, inside_noise
@@ -20,7 +21,7 @@ class Table:
 
 
 def tables(price: Price) -> tuple[Table, ...]:
-    """Loss and bytes; scores, if tasks were asked; speed."""
+    """Loss; scores, if tasks were asked; bytes; speed."""
     rows = (price.base, *price.rows)
     quality, first = price.base.quality, price.base.speed[0].result
     loss = Table(
@@ -28,10 +29,6 @@ def tables(price: Price) -> tuple[Table, ...]:
         columns=(
             "model",
             "verdict",
-            "disk",
-            "weights resident",
-            "weights read/token",
-            "cache/token",
             "bits/byte (95 %)",
             "loss (95 %)",
             "KL, nats/token (95 %)",
@@ -67,11 +64,17 @@ def tables(price: Price) -> tuple[Table, ...]:
             f"steps, {turns}; spread is (slowest - fastest) / median; {first.hardware}"
         ),
     )
-    return (loss, *([_scores(rows)] if price.base.tasks else []), speed)
+    return (loss, *([_scores(rows)] if price.base.tasks else []), _sizes(rows), speed)
+
+
+def parted(cell: str) -> tuple[str, str]:
+    """A figure, and what stands in brackets after it: its interval, or nothing."""
+    found = re.fullmatch(r"(.+?) (\([^()]*\))", cell)
+    return (cell, "") if found is None else (found[1], found[2])
 
 
 def as_text(price: Price) -> str:
-    """The tables for a terminal, as wide as they need."""
+    """The tables for a terminal, as wide as they need; intervals stand below their figures."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
@@ -79,11 +82,12 @@ def as_text(price: Price) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=400, highlight=False, markup=False)
     for table in tables(price):
-        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, expand=False)
+        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(table.columns):
-            grid.add_column(column, justify="right" if index else "left", no_wrap=True)
+            heading = "\n".join(filter(None, parted(column)))
+            grid.add_column(heading, justify="right" if index else "left", no_wrap=True)
         for row in table.rows:
-            grid.add_row(*row)
+            grid.add_row(*("\n".join(filter(None, parted(cell))) for cell in row))
         console.print(grid)
         console.print(table.note + "\n")
     return "\n".join(line.rstrip() for line in stream.getvalue().strip().splitlines())
@@ -111,13 +115,25 @@ def _loss(row: Row) -> tuple[str, ...]:
         low, high = found.divergence.ci95
         kl = f"{found.divergence.kl:.3g} ({low:.3g} to {high:.3g})"
         verdict = _verdict(worse, found.paired.inside_noise)
-    sizes = (
-        row.disk_bytes,
-        row.resident_weight_bytes,
-        row.weight_bytes_per_token,
-        row.cache_bytes_per_token,
+    return (row.name, verdict, own, lost, kl)
+
+
+def _sizes(rows: tuple[Row, ...]) -> Table:
+    lines = []
+    for row in rows:
+        sizes = (
+            row.disk_bytes,
+            row.resident_weight_bytes,
+            row.weight_bytes_per_token,
+            row.cache_bytes_per_token,
+        )
+        lines.append((row.name, *map(_bytes, sizes)))
+    return Table(
+        title="What it takes",
+        columns=("model", "on disk", "weights in memory", "weights read/token", "cache/token"),
+        rows=tuple(lines),
+        note="read/token: by a step of one sequence; cache/token: what one more token adds",
     )
-    return (row.name, verdict, *map(_bytes, sizes), own, lost, kl)
 
 
 def _scores(rows: tuple[Row, ...]) -> Table:
@@ -132,7 +148,6 @@ def _scores(rows: tuple[Row, ...]) -> Table:
             "model",
             "score",
             "value (95 %)",
-            "chance",
             "items",
             "difference (95 %)",
             "verdict",
@@ -150,13 +165,12 @@ def _score(row: Row, task: TaskPrice, name: str) -> tuple[str, ...]:
     low, high = score.ci95
     difference = verdict = ""
     if (found := task.differences.get(name)) is not None:
-        difference = f"{found.value:+.4f} ({found.ci95[0]:+.4f} to {found.ci95[1]:+.4f})"
+        difference = f"{found.value:+.3f} ({found.ci95[0]:+.3f} to {found.ci95[1]:+.3f})"
         verdict = _verdict(-found.value, inside_noise(found))
     return (
         row.name,
         f"{task.result.name}: {name}",
-        f"{score.value:.4f} ({low:.4f} to {high:.4f})",
-        "" if score.chance is None else f"{score.chance:.3f}",
+        f"{score.value:.3f} ({low:.3f} to {high:.3f})",
         f"{score.n:,}",
         difference,
         verdict or "base",
@@ -165,6 +179,8 @@ def _score(row: Row, task: TaskPrice, name: str) -> tuple[str, ...]:
 
 def _task_note(result: TaskResult) -> str:
     found = f"{result.name}: {result.kind}, {result.n:,} items"
+    chances = {score.chance for score in result.scores.values() if score.chance is not None}
+    found += "".join(f", chance {chance:.3g}" for chance in chances)
     if result.cut:
         found += f", {result.cut} without the beginning of their context"
     if "shots" in result.notes:
