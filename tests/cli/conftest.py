@@ -37,7 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     desktop = hardware_by_name("desktop")
     monkeypatch.setattr("skimp.cost.this_machine", lambda **kw: desktop)
-    monkeypatch.setattr("skimp.meter.calibrate.engine_hardware", lambda engine: desktop)
+    monkeypatch.setattr("skimp.meter.calibrate.engine_hardware", lambda engine, **kw: desktop)
     monkeypatch.setattr("skimp.meter.calibrate.this_machine", lambda **kw: desktop)
     threads = torch.get_num_threads()
     yield

@@ -47,8 +47,121 @@ def test_json_markdown_and_page(skimp, model_dir: Path, text: Path, tmp_path: Pa
     assert row["inside_noise"]
     for mine, base in zip(row["speed"], found["base"]["speed"]):
         assert mine["gain"] == pytest.approx(mine["tokens_per_s"] / base["tokens_per_s"])
-    assert markdown.read_text().count("\n| --- |") == 2
+    assert markdown.read_text().count("\n| --- |") == 3
     assert page.read_text().count("<svg") == 3
+
+
+def test_tasks_are_held_against_the_base(
+    skimp, model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    pairs, sums = tmp_path / "pairs.jsonl", tmp_path / "sums.jsonl"
+    rows = [{"sentence_good": f"it is {i}", "sentence_bad": f"it {i} is"} for i in range(6)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(4)]
+    sums.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    markdown = tmp_path / "price.md"
+    common = (
+        "price", model_dir, f"{model_dir}@page_tokens=32", "--text", text, "--context", "16",
+        "--new-tokens", 2, "--rounds", 1,
+    )  # fmt: skip
+    done = skimp(
+        *common, "--task", pairs, "--task", sums, "--max-tokens", 4, "--shots", 1, "--json",
+        "--markdown", markdown,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    (row,) = found["rows"]
+    for each in (found["base"], row):
+        assert [(t["task"], t["kind"], t["n"]) for t in each["tasks"]] == [
+            ("pairs", "minimal-pair", 6),
+            ("sums", "generate", 3),
+        ]
+    own, base = (each["tasks"][0]["scores"]["accuracy"] for each in (row, found["base"]))
+    assert own["value"] == base["value"] and own["ci95"] == base["ci95"]
+    assert own["difference"] == 0 and own["difference_ci95"] == [0, 0] and own["inside_noise"]
+    assert "difference" not in base
+    shown = markdown.read_text()
+    assert "pairs: accuracy" in shown and "minimal-pair, 6 items" in shown and "1 shots" in shown
+    for wrong, named in (
+        (["--kind", "choice"], "kind"),
+        (["--task", pairs, "--shots", 1], "shots"),
+        (["--task", text], "text.txt"),
+    ):
+        refused = skimp(*common, *wrong)
+        assert refused.exit_code == 2 and named in refused.stderr
+
+
+@pytest.mark.parametrize("others", [1, 3])
+def test_models_that_do_not_fit_together_take_turns_with_the_base(
+    skimp, model_dir: Path, text: Path, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from skimp.cli import price as command
+    from skimp.meter import work
+
+    groups: list[list[str]] = []
+    run = command._price
+    monkeypatch.setattr(
+        command, "_price", lambda g, *rest: groups.append([e.name for e in g]) or run(g, *rest)
+    )
+    monkeypatch.setattr(work, "engine_bytes", lambda spec, options, free: 10.0)
+    entries = [str(model_dir), *(f"{model_dir}@max_batch={4 + i}" for i in range(others))]
+    command_line = (
+        "price", *entries, "--text", text, "--context", "16", "--new-tokens", 2, "--rounds", 1,
+    )  # fmt: skip
+    monkeypatch.setattr(work, "free_memory", lambda device: 10 * len(entries))
+    assert "all models loaded" in skimp(*command_line).stdout
+    assert groups == [entries]
+    groups.clear()
+    monkeypatch.setattr(work, "free_memory", lambda device: 10 * len(entries) - 1)
+    done = skimp(*command_line)
+    if others == 1:
+        assert done.exit_code == 2 and groups == []
+        assert "memory" in done.stderr and "20 B together, and 19 B" in done.stderr
+        return
+    assert groups == [[entries[0], other] for other in entries[1:]]
+    assert "taking turns with the base alone" in done.stdout
+    assert all(other in done.stdout for other in entries)
+
+
+def test_the_memory_that_engines_take_is_counted(model_dir: Path) -> None:
+    from skimp.engine import Engine, EngineOptions
+    from skimp.meter.work import engine_bytes, free_memory
+
+    options = EngineOptions(max_batch=4, max_context=128)
+    engine = Engine.load(model_dir, options)
+    counted = engine_bytes(engine.spec, options, free_memory("cpu"))
+    held = engine.work.resident_weight_bytes + engine.cache.arena.budget_bytes
+    assert held <= counted < 1.5 * held + 8e6
+
+
+def test_a_text_unlike_the_calibration_is_warned_of(
+    skimp, model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text("A fox and a hen went for a walk. " * 400)
+    recipe.write_text(
+        f"calibration: {{samples: 4, tokens: 64, text: {calibration}}}\n"
+        "steps: [{quantize: {format: int4, method: gptq, group_size: 32}}]"
+    )
+    made = skimp("shrink", model_dir, recipe, "-o", tmp_path / "out")
+    assert made.exit_code == 0, made.output
+    other = tmp_path / "other.txt"
+    other.write_text("0123456789 def __init__(self): return {[()]}; " * 40)
+
+    def run(command: str, *args: object) -> str:
+        done = skimp(command, *args, "--max-bytes", 2000)
+        assert done.exit_code == 0, done.output
+        return str(done.stderr)
+
+    fast = ("--context", 16, "--new-tokens", 2, "--rounds", 1)
+    assert "unlike" not in run("eval", tmp_path / "out", "--text", text)
+    assert "unlike" in run("eval", tmp_path / "out", "--text", other)
+    assert "unlike" not in run("price", model_dir, tmp_path / "out", "--text", text, *fast)
+    assert "out: it was calibrated on text that is unlike" in run(
+        "price", model_dir, tmp_path / "out", "--text", other, *fast
+    )
+    assert "unlike" not in run("eval", model_dir, "--text", other)
 
 
 @pytest.mark.parametrize(

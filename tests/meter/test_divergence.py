@@ -12,7 +12,13 @@ from meter_models import Bytes, noisy_decoder, plain_logits, tiny_engine
 
 from skimp.engine import Engine, EngineOptions
 from skimp.errors import RequestError
-from skimp.meter.divergence import PairedDifference, _aligned, compare_quality, divergence
+from skimp.meter.divergence import (
+    PairedDifference,
+    _aligned,
+    compare_all,
+    compare_quality,
+    divergence,
+)
 from skimp.meter.quality import Block, bootstrap, evaluate, windows
 
 WORDS = "the king hurried off down the road to open parliament and nobody was at home. "
@@ -139,9 +145,23 @@ def test_rows_cut_in_different_places_are_paired() -> None:
     def cut(*edges: int) -> Iterator[torch.Tensor]:
         yield from (rows[a:b] for a, b in zip((0, *edges), (*edges, 10)))
 
-    pairs = list(_aligned(cut(3, 4, 9), cut(4, 5)))
-    assert all(torch.equal(p, q) for p, q in pairs)
-    assert torch.equal(torch.cat([p for p, _ in pairs]), rows)
+    found = list(_aligned([cut(3, 4, 9), cut(4, 5), cut(1, 8)]))
+    assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in found)
+    assert torch.equal(torch.cat([p for p, _, _ in found]), rows)
+
+
+def test_several_models_are_compared_in_one_pass_of_the_base(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, others = tiny_engine(), [tiny_engine(0.02), tiny_engine(0.1)]
+    alone = [compare_quality(base, other, TEXT, context=64) for other in others]
+    windows: list[int] = []
+    logits = base.logits
+    monkeypatch.setattr(base, "logits", lambda ids: windows.append(len(ids)) or logits(ids))
+    assert compare_all(base, others, TEXT, context=64) == alone
+    together = len(windows)
+    compare_quality(base, others[0], TEXT, context=64)
+    assert len(windows) == 2 * together
 
 
 # ---- Engine.logits and Engine.score_batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import re
 import shutil
 import struct
@@ -19,13 +20,18 @@ import torch
 from skimp.cost import hardware_by_name, predict, step_cost, uniform
 from skimp.cost.work import arithmetic
 from skimp.engine import Engine, EngineOptions
+from skimp.errors import SkimpWarning
 from skimp.formats.weight import WeightFormat
 from skimp.meter import calibrate
 from skimp.meter.divergence import Comparison, DivergenceResult, PairedDifference
-from skimp.meter.price import Candidate, Price, Row, disk_bytes, gains, price
+from skimp.meter.price import Candidate, Price, Row, TaskPrice, disk_bytes, gains, price
+from skimp.meter.probe import FormatRefused
 from skimp.meter.quality import QualityResult
 from skimp.meter.report import as_markdown, as_text, write_html
+from skimp.meter.report.table import tables
+from skimp.meter.score import share
 from skimp.meter.speed import Case, SpeedResult, bench_together
+from skimp.meter.tasks import TaskResult, paired_score
 from skimp.meter.work import spec_work
 from skimp.text.tokenizer import Tokenizer
 from tests.tiny_models import tiny_decoder
@@ -142,18 +148,39 @@ def compared(difference: float, width: float, kl: float) -> Comparison:
     )  # fmt: skip
 
 
+def tasks(loss: float | None) -> tuple[TaskPrice, ...]:
+    """A hundred pairs, of which ``loss`` fewer come out right than the base's 80."""
+    right = [float(i < 80 - 100 * (loss or 0.0)) for i in range(100)]
+    base = [float(i < 80) for i in range(100)]
+
+    def answers(outcomes: list[float]) -> TaskResult:
+        return TaskResult(
+            name="pairs", kind="minimal-pair", n=100,
+            scores={"accuracy": share([bool(o) for o in outcomes], 0.5)},
+            outcomes={"accuracy": tuple(outcomes)},
+        )  # fmt: skip
+
+    own = answers(right)
+    differences = {} if loss is None else {"accuracy": paired_score(answers(base), own, "accuracy")}
+    return (TaskPrice(result=own, differences=differences),)
+
+
 def make_price() -> Price:
     def row(name: str, found: Comparison | None, ms: float, weights: float) -> Row:
-        base = [result((10.0, 10.0), predicted=9.0), result((20.0, 20.0), predicted=9.0, batch=8)]
-        own = [
-            result((ms, ms), predicted=ms), result((2 * ms, 2 * ms), predicted=ms, batch=8)
-        ]  # fmt: skip
+        def speed(ms: float, predicted: float) -> list[SpeedResult]:
+            return [
+                result((ms, ms), predicted=predicted),
+                result((2 * ms, 2.2 * ms), predicted=2 * predicted, batch=8),
+            ]
+
+        own = speed(ms, ms if found is None else ms + 0.5)
         return Row(
             name=name, disk_bytes=10**8, resident_weight_bytes=weights,
             weight_bytes_per_token=weights, cache_bytes_per_token=16384,
             quality=compared(0.0, 0.0, 0.0).base if found is None else found.other,
             comparison=found,
-            speed=gains(base, own),
+            speed=gains(speed(10.0, 10.0), own),
+            tasks=tasks(None if found is None else 0.5 * found.paired.bits_per_byte),
         )  # fmt: skip
 
     return Price(
@@ -167,11 +194,19 @@ def make_price() -> Price:
 
 def test_a_loss_whose_interval_holds_zero_is_inside_the_noise() -> None:
     lines = as_text(make_price()).splitlines()
-    (eight,) = [line for line in lines if line.strip().startswith("int8") and "MB" in line]
-    (four,) = [line for line in lines if line.strip().startswith("int4") and "MB" in line]
+    eight = next(line for line in lines if line.strip().startswith("int8"))
+    four = next(line for line in lines if line.strip().startswith("int4"))
     assert "inside the noise" in eight
     assert " worse " in four and "noise" not in four
     assert make_price().rows[0].as_dict()["inside_noise"] is True
+
+
+def test_tables_fit_a_terminal_of_a_hundred_columns() -> None:
+    lines = as_text(make_price()).splitlines()
+    notes = {table.note for table in tables(make_price())}
+    grid = [line for line in lines if line not in notes]
+    assert len(lines) - len(grid) == 4 and max(map(len, grid)) <= 100
+    assert any(line.split() == ["(1.1000", "to", "1.3000)"] for line in lines)
 
 
 def test_markdown_has_whole_lines() -> None:
@@ -227,8 +262,27 @@ def pixels(file: Path) -> np.ndarray:
     return out.reshape(height, width, channels)[..., :3]
 
 
+def photograph(page: Path, shot: Path, width: int, height: int) -> np.ndarray:
+    """The page in a window of that size, without a network, as [height, width, 3]."""
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--hide-scrollbars", f"--window-size={width},{height}",
+        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={shot.parent / 'profile'}",
+        f"--screenshot={shot}", page.as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return pixels(shot)
+
+
+def coloured(seen: np.ndarray) -> np.ndarray:
+    return seen.max(-1) - seen.min(-1) > 40
+
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@needs_chromium
 @pytest.mark.parametrize("chart", [0, 1, 2])
 def test_charts_are_drawn_in_a_browser_without_a_network(tmp_path: Path, chart: int) -> None:
     pytest.importorskip("matplotlib")
@@ -236,25 +290,50 @@ def test_charts_are_drawn_in_a_browser_without_a_network(tmp_path: Path, chart: 
     page = (tmp_path / "price.html").read_text()
     # One chart alone, so that what is seen is it and nothing else.
     figure = re.findall(r"<svg.*?</svg>", page, re.DOTALL)[chart]
-    alone = (
-        "<!doctype html><style>body{margin:0;color:#000}svg{width:400px;height:auto}</style>"
-        + figure
-    )
-    (tmp_path / "chart.html").write_text(alone)
-    shot = tmp_path / "chart.png"
-    command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--hide-scrollbars", "--window-size=400,300",
-        "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}",
-        f"--screenshot={shot}", (tmp_path / "chart.html").as_uri(),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    seen = pixels(shot)
-    coloured = (seen.max(-1) - seen.min(-1) > 40).mean()
-    dark = (seen.max(-1) < 100).mean()
+    style = "<style>body{margin:0;color:#000}svg{width:400px;height:auto}</style>"
+    (tmp_path / "chart.html").write_text("<!doctype html>" + style + figure)
+    seen = photograph(tmp_path / "chart.html", tmp_path / "chart.png", 400, 300)
     # Markers are small and bars are large; text and axes are dark.
-    assert coloured > (0.0005 if chart == 0 else 0.05)
-    assert dark > 0.002
+    assert coloured(seen).mean() > (0.0005 if chart == 0 else 0.05)
+    assert (seen.max(-1) < 100).mean() > 0.002
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize(("width", "height"), [(1200, 2200), (420, 5200)])
+def test_the_whole_page_is_readable_in_a_wide_and_a_narrow_window(
+    tmp_path: Path, width: int, height: int
+) -> None:
+    pytest.importorskip("matplotlib")
+    write_html(make_price(), tmp_path / "price.html")
+    seen = photograph(tmp_path / "price.html", tmp_path / "page.png", width, height)
+    assert seen.shape == (height, width, 3)
+    inked = (seen.max(-1) < 140) | coloured(seen)
+    assert not inked[-40:].any(), "the window is too short for the page"
+    # Nothing is cut off or scrolled out of sight on the right: the margin is empty.
+    assert not inked[:, -8:].any()
+    assert inked[:, width // 2 : -8].any()
+    # Tables are above, without colour; three charts below have bars or markers of two colours.
+    rows = np.flatnonzero(coloured(seen).any(1))
+    top, bottom = rows[0], rows[-1]
+    assert (inked[:top].mean(1) > 0.02).sum() > 100, "hardly any text above the charts"
+    charts = seen[top : bottom + 1]
+    hues = charts[coloured(charts)].argmax(-1)
+    assert min((hues == 0).sum(), (hues == 2).sum()) > 500
+    assert np.diff(rows).max() < 260, "a chart between others is empty"
+
+
+def test_every_figure_is_on_the_page_with_its_column(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_html(make_price(), tmp_path / "price.html")
+    page = (tmp_path / "price.html").read_text()
+    for table in tables(make_price()):
+        for row in table.rows:
+            for name, cell in zip(table.columns, row):
+                if cell:
+                    assert f'data-label="{html.escape(name)}"' in page
+                    for part in re.split(r" (?=\()", cell):
+                        assert html.escape(part) in page
 
 
 FORMATS = [
@@ -273,7 +352,7 @@ def test_arithmetic_has_a_name_a_kernel_not_a_group() -> None:
 @pytest.mark.parametrize("name", ["laptop", "desktop", "server", "h100"])
 def test_fewer_bits_are_never_predicted_slower_at_batch_1(name: str) -> None:
     spec = dataclasses.replace(
-        calibrate._spec(layers=4, hidden=512, inner=2048, heads=8), dtype="bfloat16"
+        calibrate.probe_spec(layers=4, hidden=512, inner=2048, heads=8), dtype="bfloat16"
     )
     matrices = [m.name for m in spec_work(spec).matrices if not m.head]
     works = [
@@ -286,7 +365,7 @@ def test_fewer_bits_are_never_predicted_slower_at_batch_1(name: str) -> None:
 
 
 def test_a_step_prices_each_format_apart() -> None:
-    spec = calibrate._spec(layers=2)
+    spec = calibrate.probe_spec(layers=2)
     mixed = dataclasses.replace(spec, formats={"layers.0.ffn.up_proj": FORMATS[2]})
     work = spec_work(mixed, "float32")
     terms = {t.name: t for t in step_cost(work, uniform(1, 9)).terms}
@@ -314,7 +393,8 @@ def test_a_format_is_measured_when_it_is_first_used(
     def measured(hardware, form, dtype, options):
         calls.append(arithmetic(form))
         rates = {**hardware.matrix_tflops, arithmetic(form): ((1.0, 0.5),)}
-        return dataclasses.replace(hardware, matrix_tflops=rates)
+        exposed = {**hardware.exposed, arithmetic(form): ((1.0, 0.5),)}
+        return dataclasses.replace(hardware, matrix_tflops=rates, exposed=exposed)
 
     monkeypatch.setattr(calibrate, "measure_format", measured)
 
@@ -330,8 +410,60 @@ def test_a_format_is_measured_when_it_is_first_used(
     found = get([FORMATS[0], FORMATS[2]])
     assert calls == ["int4", "int8"]
     assert found.matrix_rate("float32", 1, "int4") == 0.5
+    assert found.exposed["int8"] == ((1.0, 0.5),)
     assert "int4" in get([FORMATS[2]], measure=False).matrix_tflops
     assert calls == ["int4", "int8"]
+
+
+def test_another_base_or_an_old_one_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machines = iter([hardware_by_name("desktop"), hardware_by_name("server")])
+    calls: list[str] = []
+
+    def base(hardware, **kw):
+        calls.append("base")
+        return next(machines)
+
+    def measured(hardware, form, dtype, options):
+        calls.append(hardware.name)
+        return dataclasses.replace(
+            hardware,
+            matrix_tflops={**hardware.matrix_tflops, "int8": ((1.0, 0.5),)},
+            exposed={"int8": ((1.0, 0.5),)},
+        )
+
+    monkeypatch.setattr(calibrate, "this_machine", lambda **kw: hardware_by_name("desktop"))
+    monkeypatch.setattr(calibrate, "measure_engine", base)
+    monkeypatch.setattr(calibrate, "measure_format", measured)
+
+    def get(**kw):
+        return calibrate.calibrated(
+            dtype="float32", device="cpu", backend="plain", threads=1, formats=FORMATS[:1], **kw
+        )
+
+    assert get().name == get(max_age_s=60.0).name == "desktop"
+    assert calls == ["base", "desktop"]
+    assert get(max_age_s=0.0).name == "server"
+    assert calls == ["base", "desktop", "base", "server"]
+
+
+def test_a_refused_format_counts_as_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    desktop = hardware_by_name("desktop")
+    monkeypatch.setattr(calibrate, "this_machine", lambda **kw: desktop)
+    monkeypatch.setattr(calibrate, "measure_engine", lambda hardware, **kw: hardware)
+
+    def refused(*args):
+        raise FormatRefused("held as dense")
+
+    monkeypatch.setattr(calibrate, "measure_format", refused)
+    with pytest.warns(SkimpWarning, match="count as float32's: held as dense"):
+        found = calibrate.calibrated(
+            dtype="float32", device="cpu", backend="plain", threads=1, formats=FORMATS[2:3]
+        )
+    assert found == desktop
 
 
 def test_other_native_kernels_are_measured_anew() -> None:

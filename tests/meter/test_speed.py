@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from types import SimpleNamespace
 
@@ -10,7 +11,6 @@ import torch
 
 from skimp.cost import (
     Hardware,
-    Overheads,
     hardware_by_name,
     model_work,
     predict,
@@ -18,13 +18,16 @@ from skimp.cost import (
     uniform,
 )
 from skimp.engine import Engine, EngineOptions
+from skimp.formats.weight import WeightFormat
 from skimp.meter import calibrate, speed
+from skimp.meter.probe import FormatRefused, Timing, repeated_decoder, time_all
 from skimp.meter.speed import Case, bench, predict_prefill, random_prompt, time_generation
 from skimp.meter.work import engine_threads, spec_work
+from skimp.model.layers import Linear
 from skimp.model.loading import random_decoder
 from skimp.model.mixers.attention import cache_spec
 
-SPEC = calibrate._spec(layers=2)
+SPEC = calibrate.probe_spec(layers=2)
 
 
 def make_engine(**options) -> Engine:
@@ -126,9 +129,16 @@ def known_machine() -> Hardware:
     return Hardware.from_dict(
         {
             **desktop.as_dict(),
-            "bandwidth_curve": [[1.0, 1e6]],  # arithmetic decides
-            "bandwidth_gb_s": 1e6,
-            "matrix_tflops": {"float32": [[1.0, 0.02], [64.0, 0.4], [512.0, 1.0]]},
+            "bandwidth_curve": [[16e6, 400.0], [64e6, 75.0]],
+            "matrix_tflops": {
+                "float32": [[1.0, 0.1], [64.0, 0.4], [512.0, 1.0]],
+                "int4": [[1.0, 0.07], [64.0, 0.3], [512.0, 0.9]],
+            },
+            "weights_curve": [[16e6, 200.0], [32e6, 180.0], [48e6, 60.0], [64e6, 50.0]],
+            "exposed": {
+                "float32": [[1.0, 1.0], [4.0, 0.9], [16.0, 0.4]],
+                "int4": [[1.0, 0.8], [4.0, 0.3], [16.0, 0.0]],
+            },
             "attention_tflops": 0.3,
             "attention_curve": [[1e6, 3.0]],
             "overheads": {
@@ -142,35 +152,94 @@ def known_machine() -> Hardware:
     )
 
 
+INT4 = WeightFormat(kind="int", bits=4, group_size=64)
+
+
+class KnownProbe(calibrate.Probe):
+    """Takes as long as the known machine does."""
+
+    slower = 1.0
+
+    def __init__(self, spec, dtype, options) -> None:
+        self.work = spec_work(spec, dtype)
+        self.truth = known_machine()
+
+    def step_s(self, batch: int, context: int) -> float:
+        # A probe's context grows by a few tokens while it is timed.
+        cost = step_cost(self.work, uniform(batch, context + 8))
+        return self.slower * predict(cost, self.truth).seconds
+
+    def prefill_s(self, context: int) -> float:
+        cost = step_cost(self.work, uniform(1, context, tokens=context))
+        return self.slower * predict(cost, self.truth).seconds
+
+
 def test_calibration_finds_a_known_machine_again(monkeypatch: pytest.MonkeyPatch) -> None:
     truth = known_machine()
+    monkeypatch.setattr(calibrate, "Probe", KnownProbe)
+    blank = Hardware.from_dict(
+        {
+            **hardware_by_name("desktop").as_dict(),
+            "bandwidth_curve": [list(p) for p in truth.bandwidth_curve],
+        }
+    )
+    options = {"backend": "native"}
+    found = calibrate.measure_engine(blank, dtype="float32", options=options)
+    # The machine slows down by half before the format's turn: that is taken off.
+    monkeypatch.setattr(KnownProbe, "slower", 1.5)
+    found = calibrate.measure_format(found, INT4, "float32", options)
+    shape = calibrate.probe_spec(layers=6, hidden=288, inner=768, heads=6, vocab=32000)
+    large = calibrate.probe_spec(layers=40, hidden=640, inner=1536, heads=10, vocab=8000)
+    for spec in (shape, large):
+        low = [m.name for m in spec_work(spec).matrices if not m.head]
+        rounded = dataclasses.replace(spec, formats=dict.fromkeys(low, INT4))
+        for work in (spec_work(spec, "float32"), spec_work(rounded, "float32")):
+            for batch in (1, 8, 32):
+                for context in (128, 1024):
+                    cost = step_cost(work, uniform(batch, context))
+                    expected = predict(cost, truth).seconds
+                    assert predict(cost, found).seconds == pytest.approx(expected, rel=0.1)
 
-    class KnownProbe(calibrate._Probe):
-        def __init__(self, spec, dtype, options) -> None:
-            self.work = spec_work(spec, dtype)
-            self.engine = None  # type: ignore[assignment]
+
+def test_probes_are_in_the_format_that_they_measure() -> None:
+    spec = calibrate.probe_spec(layers=3, hidden=128, inner=256, heads=2, format=INT4)
+    decoder = repeated_decoder(spec, "bfloat16")
+    linears = [m for m in decoder.modules() if isinstance(m, Linear)]
+    held = [m.quantized for m in linears if m.quantized is not None]
+    assert len(held) == 3 * 7
+    assert {weight.format for weight in held} == {INT4}
+    places = {weight.values.data_ptr() for weight in held}
+    assert len(places) == len(held), "layers share memory, and the second would come from the cache"
+    assert torch.equal(held[0].values, held[7].values)
+
+
+def test_a_format_that_the_engine_cannot_hold_is_refused() -> None:
+    from skimp.kernels import native
+
+    if not native.available():
+        pytest.skip("the native kernels are not built")
+    odd = dataclasses.replace(INT4, group_size=20)
+    spec = calibrate.probe_spec(layers=1, hidden=64, format=odd)
+    with pytest.raises(FormatRefused, match="groups of a multiple"):
+        calibrate.Probe(spec, "bfloat16", {"backend": "native"})
+
+
+def test_timings_are_taken_in_turn() -> None:
+    seen: list[tuple[str, int]] = []
+
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
 
         def step_s(self, batch: int, context: int) -> float:
-            # A probe's context grows by some ten tokens while it is timed.
-            return predict(step_cost(self.work, uniform(batch, context + 10)), truth).seconds
+            seen.append((self.name, batch))
+            return float(len(seen))
 
-        def prefill_s(self, context: int, repeat: int = 3) -> float:
-            cost = step_cost(self.work, uniform(1, context, tokens=context))
-            return predict(cost, truth).seconds
-
-    monkeypatch.setattr(calibrate, "_Probe", KnownProbe)
-    blank = Hardware.from_dict({**truth.as_dict(), "overheads": vars(Overheads())})
-    found = calibrate.measure_engine(blank, dtype="float32", options={})
-    for work in (
-        spec_work(
-            calibrate._spec(layers=6, hidden=288, inner=768, heads=6, vocab=32000), "float32"
-        ),
-    ):
-        for batch in (1, 8, 32):
-            for context in (128, 1024):
-                cost = step_cost(work, uniform(batch, context))
-                expected = predict(cost, truth).seconds
-                assert predict(cost, found).seconds == pytest.approx(expected, rel=0.1)
+    one, two = Named("one"), Named("two")
+    timings = [Timing(probe=p, rows=n, context=4) for n in (1, 8) for p in (one, two)]
+    took = time_all(timings, passes=3)
+    assert seen == [("one", 1), ("two", 1), ("one", 8), ("two", 8)] * 4
+    assert took[timings[1]] == [6.0, 10.0, 14.0]  # the first pass does not count
 
 
 def test_calibration_is_kept_and_a_damaged_file_is_measured_anew(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from skimp.errors import ShrinkError
 from skimp.model.locate import embedded_models
 from skimp.shrink.recipe import Calibration
-from skimp.shrink.text import chat_warning, divergence, load_samples, samples, unlike
+from skimp.shrink.text import Imprint, chat_warning, divergence, load_samples, samples
 from skimp.text import Tokenizer
 
 
@@ -73,21 +74,54 @@ def test_vocabulary(tokenizer: Tokenizer) -> None:
         load_samples(Calibration(), tokenizer, 0, 10)
 
 
+def imprint(ids: list[int], begin: int | None = None) -> Imprint:
+    tokens = torch.tensor(ids[: len(ids) // 8 * 8]).view(8, -1)
+    if begin is not None:
+        tokens = torch.cat((torch.full((8, 1), begin), tokens), dim=1)
+    return Imprint.of(tokens)
+
+
 def test_likeness() -> None:
     rng = random.Random(0)
     low, high = [[rng.randrange(a, a + 50) for _ in range(4000)] for a in (0, 25)]
-    assert divergence(low, low) == 0
-    assert divergence([1, 2], [3, 4]) == 1
-    assert unlike(low, low[2000:]) is None
-    warning = unlike(low, high)
+    assert divergence(Counter(low), Counter(low)) == 0
+    assert divergence(Counter([1, 2]), Counter([3, 4])) == 1
+    assert imprint(low).unlike(low[3000:]) is None
+    warning = imprint(low).unlike(high)
     assert warning is not None and "unlike" in warning
+    assert imprint(low).unlike(high[:20]) is None  # too few to tell
+
+
+def test_likeness_does_not_depend_on_the_texts_lengths() -> None:
+    rng = random.Random(1)
+    texts = [[int(rng.paretovariate(0.7)) % 3000 for _ in range(n)] for n in (40000, 300, 4000)]
+    for text in texts[1:]:
+        assert imprint(texts[0]).unlike(text) is None
+        assert imprint(text).unlike(texts[0]) is None
+
+
+def test_an_imprint_is_kept_without_the_begin_token() -> None:
+    kept = imprint([1, 2, 2, 3] * 6, begin=9)
+    assert kept == imprint([1, 2, 2, 3] * 6)
+    assert Imprint.from_dict(json.loads(json.dumps(kept.as_dict()))) == kept
+    assert kept.as_dict() == {"tokens": 24, "halves": ["1:3 2:6 3:3", "1:3 2:6 3:3"]}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["x", [], {"halves": ["1:2"]}, {"halves": ["1:0", "1:1"]}, {"halves": ["1", "1:1"]}]
+)
+def test_a_damaged_imprint_is_named(wrong: object, tmp_path: Path) -> None:
+    assert Imprint.read(tmp_path) is None
+    (tmp_path / "skimp_shrink.json").write_text(json.dumps({"calibration_text": wrong}))
+    with pytest.raises(ShrinkError, match=r"skimp_shrink\.json: calibration_text"):
+        Imprint.read(tmp_path)
 
 
 def test_likeness_of_the_packaged_texts(tokenizer: Tokenizer) -> None:
     from skimp.shrink.text import default_text
 
-    ours = tokenizer.encode(default_text().read_text())
+    ours = imprint(tokenizer.encode(default_text().read_text()))
     theirs = tokenizer.encode(default_text().with_name("evaluation.txt").read_text())
     code = tokenizer.encode(Path(__file__).read_text())
-    assert unlike(ours, code) is not None
-    assert divergence(ours[:5000], theirs[:5000]) < divergence(ours[:2000], code[:2000])
+    assert ours.unlike(theirs) is None
+    assert ours.unlike(code) is not None

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from skimp.cli import options as opt
+from skimp.cli import tasks as asking
 
 if TYPE_CHECKING:
-    from skimp.meter.tasks import Generation, TaskResult
+    from pathlib import Path
+
+    from skimp.engine import Engine
+    from skimp.meter.tasks import TaskResult
 
 FEW_BLOCKS = 10  # a bootstrap over fewer passages says little
 
@@ -34,39 +38,14 @@ def evaluate(
         str | None,
         typer.Option(help="Score only the text's beginning, e.g. 200k.", metavar="BYTES"),
     ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option("--task", help="Task file, .jsonl or .jsonl.xz; repeatable.", metavar="FILE"),
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            help="minimal-pair, choice, last-word or generate; told by the fields by default.",
-            metavar="KIND",
-        ),
-    ] = None,
-    max_items: Annotated[
-        str | None,
-        typer.Option(help="Draw that many items of each task by the seed.", metavar="N"),
-    ] = None,
-    shots: Annotated[
-        int | None,
-        typer.Option(help="generate: solved examples before each question; 0.", metavar="N"),
-    ] = None,
-    max_tokens: Annotated[
-        str | None, typer.Option(help="generate: longest answer; 256.", metavar="N")
-    ] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(help="generate: prompt with {question} in it; \\n is a line's end."),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(help="generate: text that ends an answer; repeatable.", metavar="TEXT"),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="generate: ask through the model's chat template.")
-    ] = False,
+    task: asking.Files = None,
+    kind: asking.Kind = None,
+    max_items: asking.MaxItems = None,
+    shots: asking.Shots = None,
+    max_tokens: asking.MaxTokens = None,
+    template: asking.Template = None,
+    stop: asking.Stop = None,
+    chat: asking.Chat = False,
     seed: Annotated[int, typer.Option(help="Of items drawn and intervals.", metavar="N")] = 0,
     dtype: opt.DType = "auto",
     device: opt.Device = "cpu",
@@ -89,28 +68,26 @@ def evaluate(
       skimp eval ./model --task blimp.jsonl.xz --task gsm8k.jsonl --shots 4 --max-items 500
     """
     from skimp.cli.models import load_engine
-    from skimp.cli.output import print_json, progress_bar
+    from skimp.cli.output import note, print_json, progress_bar
     from skimp.meter.quality import evaluate as run
-    from skimp.meter.taskfiles import read_task
     from skimp.meter.tasks import run_task
+    from skimp.model.locate import locate_model
 
-    names = task or []
-    if names and text is None:
-        _refuse("is of the text, but only tasks are given", context=context, max_bytes=max_bytes)
-    if not names:
-        _refuse("needs a --task", kind=kind, max_items=max_items)
-    items = None if max_items is None else opt.parse_count(max_items, "max_items")
-    tasks = [read_task(name, kind=kind, max_items=items, seed=seed) for name in names]
-    asked = {
-        "shots": shots,
-        "max_tokens": None if max_tokens is None else opt.parse_count(max_tokens, "max_tokens"),
-        "template": None if template is None else template.replace("\\n", "\n"),
-        "stop": None if stop is None else tuple(s.replace("\\n", "\n") for s in stop),
-        "chat": chat or None,
-    }
-    if all(one.kind != "generate" for one in tasks):
-        _refuse("needs a --task that generates", **asked)
-    generation = _generation(asked)
+    if task and text is None:
+        asking.refuse(
+            "is of the text, but only tasks are given", context=context, max_bytes=max_bytes
+        )
+    asked = asking.read_tasks(
+        task,
+        seed=seed,
+        kind=kind,
+        max_items=max_items,
+        shots=shots,
+        max_tokens=max_tokens,
+        template=template,
+        stop=stop,
+        chat=chat,
+    )
     window = None if context is None else opt.parse_count(context, "context")
     limit = None if max_bytes is None else opt.parse_count(max_bytes, "max_bytes")
     options = opt.engine_options(
@@ -118,9 +95,9 @@ def evaluate(
         device=device,
         threads=threads,
         backend=backend,
-        max_batch=32 if tasks else 2,
+        max_batch=asking.BATCH if task else 2,
     )
-    content = read_text(text) if text is not None or not names else None
+    content = read_text(text) if text is not None or not task else None
     engine = load_engine(model, options)
     found: dict[str, Any] = {}
     shown = not (quiet or json_output)
@@ -131,6 +108,9 @@ def evaluate(
             )
         found = result.as_dict()
         _note_few(result.blocks)
+        warning = calibration_warning(engine, locate_model(model), content, limit)
+        if warning is not None:
+            note(f"warning: {warning}")
         if not json_output:
             low, high = result.ci95
             print(
@@ -139,28 +119,15 @@ def evaluate(
                 f"{result.tokens:,} tokens, {result.bytes:,} bytes, {result.documents:,} documents)"
             )
     results = []
-    for one in tasks:
+    for one in asked.tasks:
         with progress_bar(one.name, shown) as progress:
             results.append(
-                run_task(engine, one, generation=generation, seed=seed, progress=progress)
+                run_task(engine, one, generation=asked.generation, seed=seed, progress=progress)
             )
     if json_output:
-        print_json(found | ({"tasks": [r.as_dict() for r in results]} if tasks else {}))
+        print_json(found | ({"tasks": [r.as_dict() for r in results]} if results else {}))
     elif results:
         _print_tasks(results)
-
-
-def _generation(asked: dict[str, Any]) -> Generation:
-    from skimp.meter.tasks import Generation
-
-    return Generation(**{name: value for name, value in asked.items() if value is not None})
-
-
-def _refuse(why: str, **options: object) -> None:
-    """What is given and would have no effect is an error."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(f"{name}: {why}")
 
 
 def _note_few(blocks: int) -> None:
@@ -194,6 +161,20 @@ def _print_tasks(results: list[TaskResult]) -> None:
                 f"note: {result.name}: {result.notes['unfinished']} of {result.n} answers ended at "
                 f"max_tokens {result.notes['max_tokens']}"
             )
+
+
+def calibration_warning(
+    engine: Engine, directory: Path, text: str, max_bytes: int | None
+) -> str | None:
+    """A line if the model was calibrated on text unlike the one it is measured on."""
+    from skimp.meter.quality import read_text
+    from skimp.shrink.text import Imprint
+
+    imprint = Imprint.read(directory)
+    if imprint is None:
+        return None
+    reading = read_text(engine, text, context=engine.max_context - 1, max_bytes=max_bytes)
+    return imprint.unlike([token for document in reading.documents for token in document.ids])
 
 
 def read_text(name: str | None) -> str:

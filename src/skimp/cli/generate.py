@@ -232,7 +232,7 @@ def as_dict(output: RequestOutput, speed: Speed) -> dict[str, Any]:
 
 def speed_line(engine: Engine, output: RequestOutput, speed: Speed) -> str:
     """Measured beside predicted, and the part of the limit. The first run on a machine measures
-    the machine, which takes about two seconds."""
+    the machine, which takes some seconds."""
     from skimp.cli.output import percent, rate_text
     from skimp.cost import SequenceStep, predict, step_cost
     from skimp.meter.calibrate import engine_hardware

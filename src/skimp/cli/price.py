@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from skimp.cli import options as opt
+from skimp.cli import tasks as asking
 
 if TYPE_CHECKING:
     from skimp.engine.options import EngineOptions
+    from skimp.meter.price import Price
+    from skimp.meter.speed import Case
+    from skimp.model.spec import ModelSpec
+
+RECENT_S = 600.0
 
 
 def price(
@@ -45,6 +53,14 @@ def price(
         list[str] | None,
         typer.Option(help="Prompt tokens: 128,1k; repeatable.", metavar="N[,N...]"),
     ] = None,
+    task: asking.Files = None,
+    kind: asking.Kind = None,
+    max_items: asking.MaxItems = None,
+    shots: asking.Shots = None,
+    max_tokens: asking.MaxTokens = None,
+    template: asking.Template = None,
+    stop: asking.Stop = None,
+    chat: asking.Chat = False,
     new_tokens: Annotated[int, typer.Option(help="Steps timed a round.", metavar="N")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds, models in turn.", metavar="N")] = 5,
     dtype: opt.DType = "auto",
@@ -64,25 +80,24 @@ def price(
     """Price models against their base: loss, bytes, and speed measured beside its prediction.
 
     The loss is bits per byte above the base's on the same text; a row whose 95 % interval holds
-    zero is inside the noise. Speed is measured in rounds that go through all models in turn, all
-    loaded at once.
+    zero is inside the noise. Tasks (see skimp eval) are asked of every model, and their scores
+    compared item by item. Speed is measured in rounds that go through all models in turn, all
+    loaded at once if memory holds them.
 
     \b
     Examples:
       skimp price tales ./tales-int4
       skimp price ./model ./int8 ./int4 --batch 1,8,32 --html price.html
+      skimp price ./model ./int4 --task blimp.jsonl.xz --max-items 2000 --markdown price.md
     """
     from skimp.cli.evaluate import read_text
-    from skimp.cli.models import load_engine, model_spec
+    from skimp.cli.models import model_spec
     from skimp.cli.output import note, print_json, progress_text
     from skimp.cost.machine import busy_note
-    from skimp.meter.calibrate import engine_hardware
-    from skimp.meter.price import Candidate
-    from skimp.meter.price import price as run
+    from skimp.meter.price import Price
     from skimp.meter.report import as_markdown, as_text, write_html
     from skimp.meter.report.html import require_charts
     from skimp.meter.speed import Case
-    from skimp.model.locate import locate_model
 
     batches = opt.parse_counts(batch or ["1"], "batch")
     contexts = opt.parse_counts(context or ["128"], "context")
@@ -91,6 +106,17 @@ def price(
     limit = None if max_bytes is None else opt.parse_count(max_bytes, "max_bytes")
     if rounds < 1:
         raise ValueError(f"rounds: at least 1, not {rounds}")
+    asked = asking.read_tasks(
+        task,
+        seed=seed,
+        kind=kind,
+        max_items=max_items,
+        shots=shots,
+        max_tokens=max_tokens,
+        template=template,
+        stop=stop,
+        chat=chat,
+    )
     content = read_text(text)
     if html is not None:
         require_charts()
@@ -99,37 +125,41 @@ def price(
         "device": device,
         "threads": threads,
         "backend": backend,
-        "max_batch": max(2, *batches),
+        "max_batch": max(asking.BATCH if task else 2, *batches),
     }
-    planned: list[tuple[str, str, EngineOptions]] = []
-    for entry in [base, *outs]:
-        model, changes = split_entry(entry)
-        planned.append((entry, model, opt.engine_options(**{**given, **changes})))
-        positions = model_spec(model).max_positions
+    entries = []
+    for name in [base, *outs]:
+        model, changes = split_entry(name)
+        entry = Entry(
+            name=name,
+            model=model,
+            spec=model_spec(model),
+            options=opt.engine_options(**{**given, **changes}),
+        )
+        positions = entry.spec.max_positions
         if max(contexts) + new_tokens + 1 > positions:
             raise ValueError(
                 f"context: {max(contexts)} and {new_tokens} new tokens do not fit the "
                 f"{positions} positions of {model}"
             )
-    candidates = []
+        entries.append(entry)
+    if longest is None:
+        longest = min(e.options.max_context or e.spec.max_positions for e in entries) - 1
+    groups = fitting(entries)
+    prices = []
     with progress_text(not (quiet or json_output)) as progress:
-        for entry, model, options in planned:
-            progress(f"loading {entry}")
-            engine = load_engine(model, options)
-            candidates.append(Candidate(name=entry, directory=locate_model(model), engine=engine))
-        progress("measuring the machine")
-        hardware = [engine_hardware(candidate.engine) for candidate in candidates]
-        found = run(
-            candidates,
-            content,
-            cases,
-            hardware,
-            rounds=rounds,
-            context=longest,
-            max_bytes=limit,
-            seed=seed,
-            progress=progress,
-        )
+        for group in groups:
+            prices.append(
+                _price(
+                    group,
+                    content,
+                    cases,
+                    asked,
+                    {"rounds": rounds, "context": longest, "max_bytes": limit, "seed": seed},
+                    progress,
+                )
+            )
+    found = Price.joined(prices)
     if markdown is not None:
         markdown.write_text(as_markdown(found), encoding="utf-8")
     if html is not None:
@@ -138,8 +168,86 @@ def price(
         print_json(found.as_dict())
     else:
         print(as_text(found))
+    for row in (found.base, *found.rows):
+        for line in row.warnings:
+            note(f"warning: {row.name}: {line}")
     if (warning := busy_note()) is not None:
         note(f"note: {warning}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A model as it is named, and the engine it shall have."""
+
+    name: str
+    model: str
+    spec: ModelSpec
+    options: EngineOptions
+
+
+def fitting(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """All models together if memory holds them, or else each with the base. Raises OptionError,
+    before anything is loaded, if it does not hold even two."""
+    from skimp.cli.output import bytes_text
+    from skimp.errors import OptionError
+    from skimp.meter.work import engine_bytes, free_memory
+
+    free = free_memory(entries[0].options.device)
+    need = [engine_bytes(entry.spec, entry.options, free) for entry in entries]
+    if sum(need) <= free:
+        return [list(entries)]
+    base, *others = entries
+    for other, more in zip(others, need[1:]):
+        if (both := need[0] + more) > free:
+            raise OptionError(
+                f"memory: {base.name} and {other.name} need about {bytes_text(both)} together, "
+                f"and {bytes_text(free)} are free; set cache_bytes or max_context of an entry "
+                "(MODEL@max_context=4096)"
+            )
+    return [[base, other] for other in others]
+
+
+def _price(
+    entries: Sequence[Entry],
+    content: str,
+    cases: list[Case],
+    asked: asking.Asked,
+    options: dict[str, Any],
+    progress: Callable[[str], None],
+) -> Price:
+    from skimp.cli.evaluate import calibration_warning
+    from skimp.cli.models import load_engine
+    from skimp.meter.calibrate import engine_hardware
+    from skimp.meter.price import Candidate, price
+    from skimp.model.locate import locate_model
+
+    candidates = []
+    for entry in entries:
+        progress(f"loading {entry.name}")
+        engine = load_engine(entry.model, entry.options)
+        directory = locate_model(entry.model)
+        warning = calibration_warning(engine, directory, content, options["max_bytes"])
+        candidates.append(
+            Candidate(
+                name=entry.name,
+                directory=directory,
+                engine=engine,
+                warnings=() if warning is None else (warning,),
+            )
+        )
+    progress("measuring the machine")
+    # Other tenants of a machine come and go: the prediction is for the machine as it is now.
+    hardware = [engine_hardware(c.engine, max_age_s=RECENT_S) for c in candidates]
+    return price(
+        candidates,
+        content,
+        cases,
+        hardware,
+        tasks=asked.tasks,
+        generation=asked.generation,
+        progress=progress,
+        **options,
+    )
 
 
 def split_entry(entry: str) -> tuple[str, dict[str, Any]]:

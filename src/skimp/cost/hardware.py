@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from skimp.cost.work import StepCost
+from skimp.cost.work import StepCost, Term
 
 Source = Literal["measured", "datasheet"]
 Curve = tuple[tuple[float, float], ...]  # (x, y) with x ascending
@@ -27,6 +27,16 @@ def interpolate(curve: Sequence[tuple[float, float]], x: float) -> float:
         if x <= x1:
             t = math.log(x / x0) / math.log(x1 / x0)
             return math.exp(math.log(y0) * (1 - t) + math.log(y1) * t)
+    return curve[-1][1]
+
+
+def _linear(curve: Sequence[tuple[float, float]], x: float) -> float:
+    """``y`` at ``x``, linear in the logarithm of x alone: y may be 0."""
+    if x <= curve[0][0]:
+        return curve[0][1]
+    for (x0, y0), (x1, y1) in pairwise(curve):
+        if x <= x1:
+            return y0 + (y1 - y0) * math.log(x / x0) / math.log(x1 / x0)
     return curve[-1][1]
 
 
@@ -60,6 +70,12 @@ class Hardware:
     (rows, TFLOP/s): few rows do not fill the units. ``attention_curve`` gives (cache bytes a step
     reads, GB/s): how fast attention's kernel walks scattered pages, where that is slower than the
     memory streams.
+
+    Where products were measured as they run, two more curves replace the roofline's "the larger of
+    two times". ``weights_curve`` gives (working-set bytes, GB/s) of a product that streams dense
+    weights for one row; its first point is the cache in which ``matrix_tflops`` were measured.
+    ``exposed`` gives per dtype and arithmetic (rows, share) of the time by which weights arrive
+    later than from there that is not hidden behind arithmetic.
     """
 
     name: str
@@ -72,6 +88,8 @@ class Hardware:
     memory_bytes: float
     bandwidth_curve: Curve = ()
     attention_curve: Curve = ()
+    weights_curve: Curve = ()
+    exposed: Mapping[str, Curve] = field(default_factory=dict)
     overheads: Overheads = field(default_factory=Overheads)
     threads: int | None = None
 
@@ -92,6 +110,18 @@ class Hardware:
             raise ValueError(f"dtype: no {dtype} matrix rate is known for {self.name} ({known})")
         return interpolate(self.matrix_tflops[dtype], rows)
 
+    def waiting_s(self, term: Term, dtype: str, working_set: float) -> float | None:
+        """Seconds that a product waits for weights on top of its arithmetic; None where that was
+        not measured."""
+        how = dtype
+        if term.arithmetic is not None and term.arithmetic in self.matrix_tflops:
+            how = term.arithmetic
+        if not self.weights_curve or how not in self.exposed:
+            return None
+        cached, here = self.weights_curve[0][1], interpolate(self.weights_curve, working_set)
+        later = term.weight_bytes * (1 / min(here, cached) - 1 / cached) / 1e9
+        return later * _linear(self.exposed[how], term.rows)
+
     def limit_s(self, cost: StepCost) -> float:
         """Seconds to read the step's weights and cache once: no step can be faster."""
         return cost.bytes_read / (self.limit_bandwidth(cost) * 1e9)
@@ -111,6 +141,8 @@ class Hardware:
             "matrix_tflops": {k: [list(p) for p in v] for k, v in self.matrix_tflops.items()},
             "attention_tflops": self.attention_tflops,
             "attention_curve": [list(p) for p in self.attention_curve],
+            "weights_curve": [list(p) for p in self.weights_curve],
+            "exposed": {k: [list(p) for p in v] for k, v in self.exposed.items()},
             "memory_bytes": self.memory_bytes,
             "threads": self.threads,
             "overheads": {
@@ -126,25 +158,28 @@ class Hardware:
     def from_dict(cls, data: Mapping[str, Any]) -> Hardware:
         """Inverse of :meth:`as_dict`; KeyError or TypeError on anything else."""
         values = dict(data)
-        for name in ("bandwidth_curve", "attention_curve"):
+        for name in ("bandwidth_curve", "attention_curve", "weights_curve"):
             values[name] = tuple((p[0], p[1]) for p in data[name])
-        values["matrix_tflops"] = {
-            k: tuple((p[0], p[1]) for p in v) for k, v in data["matrix_tflops"].items()
-        }
+        for name in ("matrix_tflops", "exposed"):
+            values[name] = {k: tuple((p[0], p[1]) for p in v) for k, v in data[name].items()}
         values["overheads"] = Overheads(**data["overheads"])
         return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TermTime:
-    """Seconds of one term; the larger of the two is what it takes."""
+    """Seconds of one term: the larger of memory's and arithmetic's, or where it is known how long
+    arithmetic waits for memory, arithmetic and that."""
 
     name: str
     memory_s: float
     arithmetic_s: float
+    waiting_s: float | None = None
 
     @property
     def seconds(self) -> float:
+        if self.waiting_s is not None:
+            return self.arithmetic_s + self.waiting_s
         return max(self.memory_s, self.arithmetic_s)
 
     @property
@@ -182,7 +217,9 @@ def predict(cost: StepCost, hardware: Hardware) -> StepTime:
         memory = read / weights_gb_s
         # Activations pass from one product to the next through whatever cache one of them fits.
         memory += term.activation_bytes / hardware.bandwidth(max(1.0, term.activation_bytes / 16))
+        waiting = None
         if term.kind == "matmul":
+            waiting = hardware.waiting_s(term, cost.compute_dtype, moved)
             rate = hardware.matrix_rate(cost.compute_dtype, max(1, term.rows), term.arithmetic)
         else:
             rate = hardware.attention_tflops
@@ -190,7 +227,12 @@ def predict(cost: StepCost, hardware: Hardware) -> StepTime:
                 pace = interpolate(hardware.attention_curve, max(1.0, cost.cache_read_bytes))
                 memory = max(memory, read / pace)
         terms.append(
-            TermTime(name=term.name, memory_s=memory / 1e9, arithmetic_s=term.flops / (rate * 1e12))
+            TermTime(
+                name=term.name,
+                memory_s=memory / 1e9,
+                arithmetic_s=term.flops / (rate * 1e12),
+                waiting_s=waiting,
+            )
         )
     return StepTime(terms=tuple(terms), overhead_s=hardware.overheads.seconds(cost))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import tempfile
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 _PIECE = 4 << 20  # numbers; 16 MiB, a millisecond or so
-_FORMAT = 7  # of the file; raise it whenever what is measured changes
+_ALMOST = 16  # pieces of the largest buffer that may lie in a cache in part
+_FORMAT = 9  # of the file; raise it whenever what is measured changes
 
 
 def cache_dir() -> Path:
@@ -59,6 +61,22 @@ def total_memory() -> int:
     return total
 
 
+def free_memory() -> int:
+    """Bytes that programs can still have: what caches of files hold is theirs to take."""
+    free = total_memory()
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = min(free, int(line.split()[1]) << 10)
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        stats = Path("/sys/fs/cgroup/memory.stat").read_text().split()
+        cached = int(stats[stats.index("inactive_file") + 1])
+        free = min(free, total_memory() - used + cached)
+    except (OSError, ValueError):
+        pass
+    return max(0, free)
+
+
 def this_machine(
     *, threads: int | None = None, device: str = "cpu", fresh: bool = False
 ) -> Hardware:
@@ -76,14 +94,23 @@ def this_machine(
     return kept(path, lambda: measure(threads=threads), fresh=fresh)
 
 
-def kept(path: Path, measure: Callable[[], Hardware], *, fresh: bool = False) -> Hardware:
+def kept(
+    path: Path,
+    measure: Callable[[], Hardware],
+    *,
+    fresh: bool = False,
+    max_age_s: float = math.inf,
+) -> Hardware:
     """The machine in ``path``, or measured and written there.
 
-    What was measured on a busy machine is measured again once the machine is quieter.
+    What was measured on a busy machine is measured again once the machine is quieter, and what is
+    older than ``max_age_s`` seconds in any case.
     """
     load = _load()
     if not fresh:
         try:
+            if time.time() - path.stat().st_mtime > max_age_s:
+                raise ValueError
             data = json.loads(path.read_text())
             if data["load"] <= max(BUSY, 2 * load):
                 return Hardware.from_dict(data["hardware"])
@@ -171,7 +198,8 @@ def _bandwidth_curve() -> Curve:
 
     # The last buffer must not fit any cache; hosts of half a gigabyte of shared cache exist.
     largest = min(1 << 30, total_memory() // 8)
-    sizes = [1 << k for k in range(18, 31, 2) if 1 << k <= largest]
+    # Where a cache ends, the pace falls by half within a fifth of its size.
+    sizes = [n for k in range(18, 31) for n in (1 << k, (1 << k) * 4 // 3) if n <= largest]
     buffer = torch.ones(sizes[-1] // 4)
     points = [(float(size), size / _pass_s(buffer[: size // 4]) / 1e9) for size in sizes]
     # A larger set is never faster but for noise: smooth from the far end.
@@ -185,20 +213,23 @@ def _pass_s(buffer: torch.Tensor) -> float:
     """Seconds to read all of ``buffer`` while it is read again and again.
 
     It is timed in pieces short enough to lie between two interruptions, in order, so that a buffer
-    larger than a cache finds none of itself there.
+    larger than a cache finds none of itself there. Of one that almost fits some pieces do find
+    themselves: each has its own time, the best. Those of a far larger one are alike.
     """
     pieces = buffer.split(_PIECE)
     repeat = max(1, (1 << 20) // buffer.numel())  # long enough for the clock
-    times: list[float] = []
+    times: list[list[float]] = [[] for _ in pieces]
     start = time.perf_counter()
-    while len(times) < 8 * len(pieces) and time.perf_counter() - start < 0.25:
-        for piece in pieces:
+    while len(times[0]) < 8 and (len(times[0]) < 3 or time.perf_counter() - start < 0.25):
+        for piece, own in zip(pieces, times):
             begin = time.perf_counter()
             for _ in range(repeat):
                 piece.sum()
-            times.append((time.perf_counter() - begin) / repeat)
-    times.sort()
-    return times[len(times) // 4] * len(pieces)
+            own.append((time.perf_counter() - begin) / repeat)
+    if len(pieces) > _ALMOST:
+        every = sorted(took for own in times for took in own)
+        return every[len(every) // 4] * len(pieces)
+    return sum(map(min, times))
 
 
 def _matrix_rates(dtype: str) -> Curve:

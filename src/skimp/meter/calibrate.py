@@ -1,20 +1,23 @@
 """What bytes and operations do not explain: how this engine runs on this machine.
 
-Half a dozen small decoders of random weights are timed through the engine itself. Differences
-between them give the cost of a step, of a layer, of a sequence and of a logit; a wide one gives the
-rate of matrix products by number of rows, and long contexts that of attention. Shapes that users
+Small decoders of random weights are timed through the engine itself. Differences between them give
+the cost of a step, of a layer, of a sequence and of a logit. Wide ones that fit a cache give the
+rate of matrix products by number of rows, longer contexts that of attention, and wide ones that
+fit no cache how fast weights come from memory and how much of their way shows. Shapes that users
 run are none of the probes, so a prediction is not a copy of its own measurement.
 
-It takes a few seconds and is kept beside the machine's own figures. Low-bit formats are measured
-one by one, when an engine first uses them.
+It takes some seconds and is kept beside the machine's own figures. Low-bit formats are measured one
+by one, when an engine first uses them, each in turn with dense matrices: the machine of that moment
+cancels.
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
-import time
-from collections.abc import Iterable, Sequence
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,15 +26,17 @@ from typing import TYPE_CHECKING, Any
 from skimp.cost import (
     Hardware,
     Overheads,
-    SequenceStep,
+    StepCost,
+    Term,
     predict,
     step_cost,
     this_machine,
-    uniform,
 )
 from skimp.cost.hardware import Curve
 from skimp.cost.machine import cache_dir, cpu_model, kept
 from skimp.cost.work import arithmetic
+from skimp.errors import SkimpWarning
+from skimp.meter.probe import CONTEXT, FormatRefused, Probe, Timing, probe_spec, time_all
 from skimp.meter.work import engine_threads, spec_work
 
 if TYPE_CHECKING:
@@ -39,14 +44,18 @@ if TYPE_CHECKING:
     from skimp.formats.weight import WeightFormat
     from skimp.model.spec import ModelSpec
 
-_FORMAT = 5  # of the file; raise it whenever what is measured changes
+_FORMAT = 7  # of the file; raise it whenever what is measured changes
 _ROWS = (1, 4, 8, 16, 32, 64)
 _PREFILL = (128, 512)
+_FAR_ROWS = (1, 4, 8, 16)  # more rows hide the memory's time, or all that they ever will
 _WALKS = (4, 16, 64)  # sequences whose caches fit a processor's cache, or do not
-_SHORT, _LONG = 16, 512
+_SHORT, _LONG = 4, CONTEXT
+_MANY = 32
+_NEAR = 16e6  # bytes of weights that fit a processor's cache,
+_FAR = (64e6, 400e6)  # and from where to where they are likely not to
 
 
-def engine_hardware(engine: Engine) -> Hardware:
+def engine_hardware(engine: Engine, *, max_age_s: float = math.inf) -> Hardware:
     """The machine as ``engine`` uses it: its backend, dtype and threads."""
     return calibrated(
         dtype=str(engine.dtype).removeprefix("torch."),
@@ -55,6 +64,7 @@ def engine_hardware(engine: Engine) -> Hardware:
         threads=engine_threads(engine),
         deterministic=engine.options.deterministic,
         formats=[m.format for m in engine.work.matrices if m.format is not None],
+        max_age_s=max_age_s,
     )
 
 
@@ -67,10 +77,11 @@ def calibrated(
     deterministic: bool = False,
     formats: Iterable[WeightFormat] = (),
     measure: bool = True,
+    max_age_s: float = math.inf,
 ) -> Hardware:
     """The machine at hand with the engine's own rates and overheads, from an earlier calibration
-    if there is one. A GPU is taken from the table. Without ``measure`` only what is known already
-    is used."""
+    if there is one of at most ``max_age_s`` seconds. A GPU is taken from the table. Without
+    ``measure`` only what is known already is used."""
     import torch
 
     import skimp
@@ -90,179 +101,214 @@ def calibrated(
     options = {"backend": backend, "threads": threads, "deterministic": deterministic}
     if not (measure or path().exists()):
         return hardware
-    found = kept(path(), lambda: measure_engine(hardware, dtype=dtype, options=options))
+    found = base = kept(
+        path(),
+        lambda: measure_engine(hardware, dtype=dtype, options=options),
+        max_age_s=max_age_s,
+    )
     for name, form in {arithmetic(form): form for form in formats}.items():
-        if measure or path(name).exists():
-            probed = kept(path(name), partial(measure_format, found, form, dtype, options))
-            rates = {**found.matrix_tflops, name: probed.matrix_tflops[name]}
-            found = replace(found, matrix_tflops=rates)
+        file = path(name, repr(base))  # another base, other figures beside it
+        if not (measure or file.exists()):
+            continue
+        try:
+            probed = kept(file, partial(measure_format, base, form, dtype, options))
+        except FormatRefused as refusal:
+            message = f"calibration: products of {form.name} count as {dtype}'s: {refusal}"
+            warnings.warn(message, SkimpWarning, stacklevel=2)
+            continue
+        rates = {**found.matrix_tflops, name: probed.matrix_tflops[name]}
+        exposed = {**found.exposed, name: probed.exposed[name]}
+        found = replace(found, matrix_tflops=rates, exposed=exposed)
     return found
 
 
 def measure_engine(hardware: Hardware, *, dtype: str, options: dict[str, Any]) -> Hardware:
-    """``hardware`` with matrix and attention rates and overheads as the engine shows them."""
-    thin, deep = _spec(layers=2), _spec(layers=10)
-    wordy = _spec(layers=2, vocab=16384)
-    with _Probe(thin, dtype, options) as probe:
-        one, many = probe.step_s(1, _SHORT), probe.step_s(32, _SHORT)
-    with _Probe(deep, dtype, options) as probe:
-        deep_one, deep_many = probe.step_s(1, _SHORT), probe.step_s(32, _SHORT)
-    with _Probe(wordy, dtype, options) as probe:
-        wordy_many = probe.step_s(32, _SHORT)
-    layers = deep.num_layers - thin.num_layers
-    layer = max(0.0, (deep_one - one) / layers)
-    layer_row = max(0.0, ((deep_many - deep_one) - (many - one)) / layers / 31)
-    sequence = max(0.0, (many - one) / 31 - thin.num_layers * layer_row)
-    logit = max(0.0, (wordy_many - many) / 32 / (wordy.vocab_size - thin.vocab_size))
-    overheads = Overheads(
-        step_s=max(0.0, one - thin.num_layers * layer - sequence),
-        layer_s=layer,
-        sequence_s=sequence,
-        layer_row_s=layer_row,
-        logit_s=logit,
+    """``hardware`` with rates, paces and overheads as the engine shows them."""
+    narrow = {
+        name: Probe(spec, dtype, options)
+        for name, spec in (
+            ("thin", probe_spec(layers=2)),
+            ("deep", probe_spec(layers=10)),
+            ("wordy", probe_spec(layers=2, vocab=16384)),
+        )
+    }
+    layers = dict.fromkeys(_layers(dtype, size) for size in _sizes(hardware))
+    wide = [Probe(_wide(count), dtype, options) for count in layers]
+    near, far = wide[0], wide[-1]
+    small = [Timing(probe=p, rows=n, context=_SHORT) for p in narrow.values() for n in (1, _MANY)]
+    products = _products(near)
+    walks = [(Timing(probe=near, rows=n, context=c)) for n in _WALKS for c in (_SHORT, _LONG)]
+    prefill = Timing(probe=near, context=_LONG, prefill=True)
+    streams = [Timing(probe=probe, context=_SHORT) for probe in wide]
+    shares = [Timing(probe=far, rows=n, context=_SHORT) for n in _FAR_ROWS]
+    every = time_all([*small, *products, *walks, prefill, *streams, *shares])
+    took = {timing: statistics.median(passes) for timing, passes in every.items()}
+
+    found = replace(
+        hardware,
+        overheads=_overheads(narrow, {(t.probe, t.rows): took[t] for t in small}),
+        weights_curve=(),
+        exposed={},
     )
-    bare = replace(hardware, overheads=overheads)
-    with _Probe(_wide(), dtype, options) as probe:
-        matrix = probe.matrix_curve(bare)
-        bare = replace(bare, matrix_tflops={**bare.matrix_tflops, dtype: matrix})
-        bare = replace(bare, attention_tflops=probe.attention_rate(bare))
-        walks = tuple(probe.cache_rate(bare, batch) for batch in _WALKS)
-        return replace(bare, attention_curve=walks)
+    rates = _curve(found, products, took, dtype)
+    found = replace(found, matrix_tflops={**found.matrix_tflops, dtype: rates})
+    found = _with_attention(found, prefill, walks, took)
+    found = replace(found, weights_curve=_paces(found, streams, took))
+    # One row of dense weights waits for all that comes late: that is how its pace was found.
+    late = [(1.0, 1.0)]
+    late += [(float(t.rows), _share(found, t, took[t], dtype)) for t in shares[1:]]
+    return replace(found, exposed={**found.exposed, dtype: tuple(late)})
 
 
 def measure_format(
     hardware: Hardware, form: WeightFormat, dtype: str, options: dict[str, Any]
 ) -> Hardware:
-    """``hardware``, which knows its overheads, with the rate of products in ``form``."""
-    wide = _wide()
-    matrices = [m.name for m in spec_work(wide, dtype).matrices if not m.head]
-    with _Probe(replace(wide, formats=dict.fromkeys(matrices, form)), dtype, options) as probe:
-        curve = probe.matrix_curve(hardware)
-    return replace(hardware, matrix_tflops={**hardware.matrix_tflops, arithmetic(form): curve})
+    """``hardware``, which knows the engine, with how it multiplies by matrices in ``form``.
+
+    The same shapes in ``dtype`` are timed in turn with them, and what the machine is slower or
+    faster now than ``hardware`` says of those is taken off. Raises FormatRefused.
+    """
+    name = arithmetic(form)
+    far_bytes = hardware.weights_curve[-1][0]
+    # PyTorch widens low-bit matrices before it multiplies, which hides whatever memory takes.
+    sizes = (_NEAR,) if options["backend"] == "plain" else (_NEAR, far_bytes)
+    dense = [Probe(_wide(_layers(dtype, size)), dtype, options) for size in sizes]
+    low = [Probe(_wide(_layers(dtype, size, form), form), dtype, options) for size in sizes]
+    near = _products(low[0])
+    far = [Timing(probe=p, rows=n, context=_SHORT) for p in low[1:] for n in _FAR_ROWS]
+    twins = {t: replace(t, probe=dense[low.index(t.probe)]) for t in (*near, *far)}
+    took = time_all(timing for pair in twins.items() for timing in pair)
+
+    def now(timing: Timing) -> float:
+        twin = twins[timing]
+        ratio = statistics.median(a / b for a, b in zip(took[timing], took[twin]))
+        return ratio * predict(step_cost(twin.probe.work, twin.steps()), hardware).seconds
+
+    own = {timing: now(timing) for timing in twins}
+    rates = _curve(hardware, near, own, name)
+    found = replace(hardware, matrix_tflops={**hardware.matrix_tflops, name: rates})
+    late = tuple((float(t.rows), _share(found, t, own[t], name)) for t in far)
+    return replace(found, exposed={**found.exposed, name: late or ((1.0, 0.0),)})
 
 
-class _Probe:
-    """An engine around one small decoder, timed in several ways."""
-
-    def __init__(self, spec: ModelSpec, dtype: str, options: dict[str, Any]) -> None:
-        from skimp.engine import Engine, EngineOptions
-        from skimp.model.loading import random_decoder
-
-        self.engine = Engine(
-            random_decoder(spec, seed=0, dtype=dtype),
-            tokenizer=None,
-            options=EngineOptions(
-                max_batch=64, max_context=_LONG + 128, token_budget=_LONG, **options
-            ),
-        )
-        self.work = self.engine.work
-        self.rng = random.Random(0)
-
-    def __enter__(self) -> _Probe:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        del self.engine
-
-    def prompts(self, batch: int, context: int) -> list[list[int]]:
-        from skimp.meter.speed import random_prompt
-
-        return [random_prompt(self.rng, self.work.embedding_rows, context) for _ in range(batch)]
-
-    def step_s(self, batch: int, context: int) -> float:
-        """A step's time when nothing disturbs it: the fastest of 20 to 160."""
-        from skimp.meter.speed import time_generation
-
-        prompts = self.prompts(batch, context)
-        best, start = float("inf"), time.perf_counter()
-        for _ in range(8):
-            best = min(best, *time_generation(self.engine, prompts, 20)[0])
-            if time.perf_counter() - start > 0.6:
-                break
-        return best
-
-    def prefill_s(self, context: int, repeat: int = 3) -> float:
-        from skimp.meter.speed import time_prefill
-
-        return min(time_prefill(self.engine, self.prompts(1, context)) for _ in range(repeat))
-
-    def matrix_curve(self, hardware: Hardware) -> Curve:
-        """(rows, TFLOP/s) from one row to a long prompt."""
-        rates = [(n, self.matrix_rate(hardware, n)) for n in _ROWS]
-        rates += [(n, self.prefill_rate(hardware, n)) for n in _PREFILL]
-        return tuple((float(n), rate) for n, rate in rates)
-
-    def matrix_rate(self, hardware: Hardware, batch: int) -> float:
-        """TFLOP/s that explain a step of ``batch`` rows once the overheads are taken off."""
-        steps = [SequenceStep(context=_SHORT)] * batch
-        return self._rate(hardware, steps, self.step_s(batch, _SHORT), "matmul")
-
-    def prefill_rate(self, hardware: Hardware, tokens: int) -> float:
-        steps = [SequenceStep(context=tokens, tokens=tokens)]
-        return self._rate(hardware, steps, self.prefill_s(tokens), "matmul")
-
-    def attention_rate(self, hardware: Hardware) -> float:
-        """TFLOP/s of attention in a prefill."""
-        steps = [SequenceStep(context=_LONG, tokens=_LONG)]
-        return self._rate(hardware, steps, self.prefill_s(_LONG), "attention")
-
-    def cache_rate(self, hardware: Hardware, batch: int) -> tuple[float, float]:
-        """Cache bytes of a step, and the GB/s at which one query a sequence walks them: what a
-        longer past costs."""
-        few, many = _SHORT, _LONG
-        seconds = self.step_s(batch, many) - self.step_s(batch, few)
-        costs = [step_cost(self.work, uniform(batch, n + 10)) for n in (few, many)]
-        more = costs[1].cache_read_bytes - costs[0].cache_read_bytes
-        pace = min(more / max(seconds, 1e-6) / 1e9, hardware.bandwidth(1.0))
-        return float(costs[1].cache_read_bytes), pace
-
-    def _rate(
-        self, hardware: Hardware, steps: Sequence[SequenceStep], seconds: float, kind: str
-    ) -> float:
-        cost = step_cost(self.work, steps)
-        predicted = predict(cost, hardware)
-        kinds = [term.kind for term in cost.terms]
-        others = sum(t.seconds for t, k in zip(predicted.terms, kinds) if k != kind)
-        flops = cost.matmul_flops if kind == "matmul" else cost.attention_flops
-        # Whatever is left belongs to this kind; at least a tenth, lest noise make it instant.
-        left = max(seconds - predicted.overhead_s - others, 0.1 * seconds)
-        return flops / left / 1e12
+def _products(probe: Probe) -> list[Timing]:
+    """What the rates of products are told from, from one row to a long prompt."""
+    steps = [Timing(probe=probe, rows=n, context=_SHORT) for n in _ROWS]
+    return [*steps, *(Timing(probe=probe, context=n, prefill=True) for n in _PREFILL)]
 
 
-def _wide() -> ModelSpec:
+def _overheads(
+    probes: Mapping[str, Probe], seconds: Mapping[tuple[Probe, int], float]
+) -> Overheads:
+    thin, deep, wordy = probes["thin"], probes["deep"], probes["wordy"]
+    one, many = seconds[thin, 1], seconds[thin, _MANY]
+    layers = len(deep.work.mixers) - len(thin.work.mixers)
+    words = wordy.work.embedding_rows - thin.work.embedding_rows
+    layer = max(0.0, (seconds[deep, 1] - one) / layers)
+    deeper = seconds[deep, _MANY] - seconds[deep, 1] - (many - one)
+    layer_row = max(0.0, deeper / layers / (_MANY - 1))
+    sequence = max(0.0, (many - one) / (_MANY - 1) - len(thin.work.mixers) * layer_row)
+    return Overheads(
+        step_s=max(0.0, one - len(thin.work.mixers) * layer - sequence),
+        layer_s=layer,
+        sequence_s=sequence,
+        layer_row_s=layer_row,
+        logit_s=max(0.0, (seconds[wordy, _MANY] - many) / _MANY / words),
+    )
+
+
+def _with_attention(
+    hardware: Hardware, prefill: Timing, walks: Sequence[Timing], took: Mapping[Timing, float]
+) -> Hardware:
+    """``hardware``, which knows its matrix rates, with those of attention: in a prefill, and for
+    one query a sequence what a longer past costs. ``walks``: a short and a long past in turn."""
+    cost = step_cost(prefill.probe.work, prefill.steps())
+    left = _left(hardware, cost, took[prefill], lambda term: term.kind == "attention")
+    curve = []
+    for short, long in zip(walks[::2], walks[1::2]):
+        read = [step_cost(t.probe.work, t.steps()).cache_read_bytes for t in (short, long)]
+        pace = (read[1] - read[0]) / max(took[long] - took[short], 1e-6) / 1e9
+        curve.append((read[1], min(pace, hardware.bandwidth(1.0))))
+    return replace(
+        hardware,
+        attention_tflops=cost.attention_flops / left / 1e12,
+        attention_curve=tuple(curve),
+    )
+
+
+def _paces(hardware: Hardware, streams: Sequence[Timing], took: Mapping[Timing, float]) -> Curve:
+    """(bytes of a step, GB/s) of one row through ever more dense weights."""
+    curve: list[tuple[float, float]] = []
+    for timing in streams:
+        cost = step_cost(timing.probe.work, timing.steps())
+        left = _left(hardware, cost, took[timing], lambda term: term.kind == "matmul")
+        pace = cost.weight_bytes / left / 1e9
+        curve.append((cost.bytes_read, min(pace, curve[-1][1]) if curve else pace))
+    return tuple(curve)
+
+
+def _sizes(hardware: Hardware) -> list[float]:
+    """Bytes from what fits a cache to what is beyond all of them, or as far as is reasonable."""
+    sizes = [_NEAR]
+    least, most = _FAR
+    while sizes[-1] < min(most, hardware.memory_bytes / 16):
+        sizes.append(sizes[-1] * 1.3)
+        slow = hardware.bandwidth(sizes[-1]) < 1.25 * hardware.bandwidth_gb_s
+        if slow and sizes[-1] > least:
+            break
+    return sizes
+
+
+def _curve(
+    hardware: Hardware, timings: Sequence[Timing], took: Mapping[Timing, float], name: str
+) -> Curve:
+    """(rows, TFLOP/s) of products in ``name`` that explain the timings."""
+
+    def mine(term: Term) -> bool:
+        return term.kind == "matmul" and (term.arithmetic or dtype) == name
+
+    dtype = timings[0].probe.work.compute_dtype
+    curve = []
+    for timing in timings:
+        cost = step_cost(timing.probe.work, timing.steps())
+        flops = sum(term.flops for term in cost.terms if mine(term))
+        curve.append((float(cost.rows), flops / _left(hardware, cost, took[timing], mine) / 1e12))
+    return tuple(curve)
+
+
+def _share(hardware: Hardware, timing: Timing, seconds: float, name: str) -> float:
+    """The share of what weights come late that explains a step's time beyond its arithmetic."""
+    cost = step_cost(timing.probe.work, timing.steps())
+
+    def with_share(value: float) -> float:
+        exposed = {**hardware.exposed, name: ((1.0, value),)}
+        return predict(cost, replace(hardware, exposed=exposed)).seconds
+
+    least, most = with_share(0.0), with_share(1.0)
+    if most < 1.05 * least:  # this many bytes are no slower than the cache's
+        return 0.0
+    return min(max((seconds - least) / (most - least), 0.0), 2.0)
+
+
+def _left(
+    hardware: Hardware, cost: StepCost, seconds: float, mine: Callable[[Term], bool]
+) -> float:
+    """What of a step's time is left for some of its terms; at least a tenth, lest noise make them
+    instant."""
+    time_ = predict(cost, hardware)
+    others = sum(t.seconds for t, term in zip(time_.terms, cost.terms) if not mine(term))
+    return max(seconds - time_.overhead_s - others, 0.1 * seconds)
+
+
+def _wide(layers: int, form: WeightFormat | None = None) -> ModelSpec:
     """Matrices large enough that products are most of a step."""
-    return _spec(layers=3, hidden=512, inner=2048, heads=8, vocab=512)
+    return probe_spec(layers=layers, hidden=512, inner=2048, heads=8, vocab=512, format=form)
 
 
-def _spec(
-    *,
-    layers: int,
-    hidden: int = 64,
-    inner: int = 64,
-    heads: int = 1,
-    vocab: int = 256,
-) -> ModelSpec:
-    from skimp.model.spec import AttentionSpec, GatedFFNSpec, LayerSpec, ModelSpec, RopeSpec
-
-    layer = LayerSpec(
-        mixer=AttentionSpec(
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=64,
-            rope=RopeSpec(theta=1e4, rotary_dim=64),
-            scale=0.125,
-        ),
-        ffn=GatedFFNSpec(intermediate_size=inner),
-    )
-    return ModelSpec(
-        family="llama",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        layers=(layer,) * layers,
-        norm_eps=1e-5,
-        max_positions=4096,
-        tie_embeddings=True,
-    )
+def _layers(dtype: str, size: float, form: WeightFormat | None = None) -> int:
+    """Layers of :func:`_wide` that hold about ``size`` bytes."""
+    matrices = spec_work(_wide(1, form), dtype).matrices
+    return max(1, round(size / sum(m.bytes for m in matrices if not m.head)))
 
 
 def _kernels(backend: str) -> str:

@@ -13,7 +13,7 @@ sharpness:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,56 +94,52 @@ class Comparison:
         }
 
 
-def divergence(
+def divergence(base: Engine, other: Engine, text: str, **options: Any) -> DivergenceResult:
+    """KL(base || other) over ``text``; see :func:`compare_quality`."""
+    return compare_quality(base, other, text, **options).divergence
+
+
+def compare_quality(base: Engine, other: Engine, text: str, **options: Any) -> Comparison:
+    """Bits per byte of both models, their paired difference and their divergence over ``text``;
+    see :func:`compare_all`."""
+    return compare_all(base, [other], text, **options)[0]
+
+
+def compare_all(
     base: Engine,
-    other: Engine,
+    others: Sequence[Engine],
     text: str,
     *,
     context: int | None = None,
     max_bytes: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> DivergenceResult:
-    """KL(base || other) over ``text``; see ``compare_quality``."""
-    found = compare_quality(
-        base, other, text, context=context, max_bytes=max_bytes, seed=seed, progress=progress
-    )
-    return found.divergence
+) -> list[Comparison]:
+    """Each other model held against the base, in one pass of all of them over ``text``.
 
-
-def compare_quality(
-    base: Engine,
-    other: Engine,
-    text: str,
-    *,
-    context: int | None = None,
-    max_bytes: int | None = None,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Comparison:
-    """Bits per byte of both models, their paired difference and their divergence over ``text``.
-
-    Options are those of ``quality.evaluate``; ``context`` is by default the longest that both
-    engines have. Raises ValueError when the two do not read the text as the same tokens of one
-    vocabulary, or when either gives a token no probability.
+    Options are those of ``quality.evaluate``; ``context`` is by default the longest that all
+    engines have. Raises ValueError when they do not read the text as the same tokens of one
+    vocabulary, or when one gives a token no probability.
     """
-    if base.spec.vocab_size != other.spec.vocab_size:
-        raise ValueError(
-            f"vocab_size: {base.spec.vocab_size} of the base and {other.spec.vocab_size} of the "
-            "other; only models of one vocabulary diverge by a number"
-        )
+    for other in others:
+        if base.spec.vocab_size != other.spec.vocab_size:
+            raise ValueError(
+                f"vocab_size: {base.spec.vocab_size} of the base and {other.spec.vocab_size} of "
+                "the other; only models of one vocabulary diverge by a number"
+            )
     if context is None:
-        context = min(base.max_context, other.max_context) - 1
+        context = min(engine.max_context for engine in (base, *others)) - 1
     reading = read_text(base, text, context=context, max_bytes=max_bytes)
-    _check_same(reading, read_text(other, text, context=context, max_bytes=max_bytes))
-    found = []
+    for other in others:
+        _check_same(reading, read_text(other, text, context=context, max_bytes=max_bytes))
+    found: list[list[_Compared]] = []
     for done, doc in enumerate(reading.documents):
         if progress is not None:
             progress(done, len(reading.documents))
-        found.append(_compare(base, other, [reading.prefix, *doc.ids], context))
+        found.append(_compare(base, others, [reading.prefix, *doc.ids], context))
     if progress is not None:
         progress(len(found), len(found))
-    return _summary(reading, found, seed)
+    return [_summary(reading, [doc[i] for doc in found], seed) for i in range(len(others))]
 
 
 def _check_same(one: Reading, two: Reading) -> None:
@@ -167,47 +163,52 @@ class _Compared:
     same: np.ndarray
 
 
-def _compare(base: Engine, other: Engine, sequence: list[int], context: int) -> _Compared:
+def _compare(
+    base: Engine, others: Sequence[Engine], sequence: list[int], context: int
+) -> list[_Compared]:
     import numpy as np
 
-    found = np.empty((4, len(sequence) - 1))
+    found = np.empty((len(others), 4, len(sequence) - 1))
     for start, done, end in windows(len(sequence), context):
         row = start
         window = sequence[start:end]
-        for p, q in _aligned(base.logits(window), other.logits(window)):
+        for p, *q in _aligned([engine.logits(window) for engine in (base, *others)]):
             first, row = row, row + p.shape[0]
             skip = max(0, done - 1 - first)  # rows that an earlier window scored
             if skip < p.shape[0]:
                 targets = sequence[first + skip + 1 : row + 1]
-                found[:, first + skip : row] = _rows(p[skip:], q[skip:], targets)
+                theirs = [rows[skip:] for rows in q]
+                found[:, :, first + skip : row] = _rows(p[skip:], theirs, targets)
     if not np.isfinite(found).all():
-        raise ValueError("model: one of the two gives a token of the text no finite probability")
-    bits = -found[:2] / math.log(2)
-    return _Compared(base=bits[0], other=bits[1], kl=found[2], same=found[3])
+        raise ValueError("model: one of them gives a token of the text no finite probability")
+    found[:, :2] /= -math.log(2)
+    return [_Compared(base=own[0], other=own[1], kl=own[2], same=own[3]) for own in found]
 
 
-def _rows(p: Tensor, q: Tensor, targets: list[int]) -> np.ndarray:
-    """Log-probabilities of the targets under both, KL and agreement: float64 [4, k] from logits
-    [k, V]."""
+def _rows(p: Tensor, others: Sequence[Tensor], targets: list[int]) -> np.ndarray:
+    """For each other: log-probabilities of the targets under the base and it, KL and agreement,
+    float64 [others, 4, k] from logits [k, V]."""
     import numpy as np
     import torch
 
-    found = np.empty((4, len(targets)))
+    found = np.empty((len(others), 4, len(targets)))
     step = max(1, _VALUES // p.shape[1])
     for a in range(0, len(targets), step):
         b = min(a + step, len(targets))
-        left, right = _Softmax(p[a:b]), _Softmax(q[a:b].to(p.device))
         ids = torch.tensor(targets[a:b], device=p.device)[:, None]
-        # What the base rules out weighs nothing, whatever the other makes of it.
-        gaps = (left.shifted - right.shifted).masked_fill_(left.exps == 0, 0.0)
-        moved = gaps.mul_(left.exps).sum(-1).double() / left.exps.sum(-1).double()
-        rows = (
-            left.shifted.gather(-1, ids)[:, 0] - left.log_total,
-            right.shifted.gather(-1, ids)[:, 0] - right.log_total,
-            moved - (left.log_total - right.log_total),
-            (left.shifted.argmax(-1) == right.shifted.argmax(-1)).double(),
-        )
-        found[:, a:b] = torch.stack(rows).cpu().numpy()
+        left = _Softmax(p[a:b])
+        for own, q in zip(found, others):
+            right = _Softmax(q[a:b].to(p.device))
+            # What the base rules out weighs nothing, whatever the other makes of it.
+            gaps = (left.shifted - right.shifted).masked_fill_(left.exps == 0, 0.0)
+            moved = gaps.mul_(left.exps).sum(-1).double() / left.exps.sum(-1).double()
+            rows = (
+                left.shifted.gather(-1, ids)[:, 0] - left.log_total,
+                right.shifted.gather(-1, ids)[:, 0] - right.log_total,
+                moved - (left.log_total - right.log_total),
+                (left.shifted.argmax(-1) == right.shifted.argmax(-1)).double(),
+            )
+            own[:, a:b] = torch.stack(rows).cpu().numpy()
     return found
 
 
@@ -222,19 +223,18 @@ class _Softmax:
         self.log_total = self.exps.sum(-1).double().log()
 
 
-def _aligned(left: Iterator[Tensor], right: Iterator[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of equally many rows from two streams of rows cut in different places."""
-    p = q = None
+def _aligned(streams: Sequence[Iterator[Tensor]]) -> Iterator[list[Tensor]]:
+    """Equally many rows of each of the streams of rows, which are cut in different places."""
+    heads: list[Tensor | None] = [None] * len(streams)
     while True:
-        p = next(left, None) if p is None else p
-        q = next(right, None) if q is None else q
-        if p is None or q is None:
-            assert p is q, "one engine gave more rows than the other"
+        heads = [next(s, None) if head is None else head for s, head in zip(streams, heads)]
+        rows = [head for head in heads if head is not None]
+        if len(rows) < len(heads):
+            assert not rows, "one engine gave more rows than another"
             return
-        count = min(p.shape[0], q.shape[0])
-        yield p[:count], q[:count]
-        p = p[count:] if count < p.shape[0] else None
-        q = q[count:] if count < q.shape[0] else None
+        count = min(head.shape[0] for head in rows)
+        yield [head[:count] for head in rows]
+        heads = [head[count:] if count < head.shape[0] else None for head in rows]
 
 
 def _summary(reading: Reading, found: list[_Compared], seed: int) -> Comparison:

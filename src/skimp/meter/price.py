@@ -1,22 +1,25 @@
 """The price of shortcuts: what each changed model loses against its base, and what it gains.
 
-Quality is read over one text, each model in one pass with the base; speed in rounds that go
-through all models in turn. The predicted gain comes from the same cost model for
+Quality is read over one text, all models in one pass; tasks are asked of each; speed is measured in
+rounds that go through all models in turn. The predicted gain comes from the same cost model for
 all of them, and stands beside the measured one.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skimp.cost import Hardware, step_cost, uniform
-from skimp.meter.divergence import Comparison, compare_quality
+from skimp.meter.divergence import Comparison, compare_all
 from skimp.meter.quality import QualityResult
+from skimp.meter.score import Score
 from skimp.meter.speed import Case, SpeedResult, bench_together
+from skimp.meter.taskfiles import Task
+from skimp.meter.tasks import Generation, TaskResult, paired_score, run_task
 
 if TYPE_CHECKING:
     from skimp.engine import Engine
@@ -24,11 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A loaded model, by the name its row shall have."""
+    """A loaded model, by the name its row shall have, and what makes its figures doubtful."""
 
     name: str
     directory: Path
     engine: Engine
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +59,27 @@ class Gain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskPrice:
+    """A task's scores; ``differences`` to the base's over the same items, none for the base."""
+
+    result: TaskResult
+    differences: Mapping[str, Score]
+
+    def as_dict(self) -> dict[str, Any]:
+        found = self.result.as_dict()
+        for name, difference in self.differences.items():
+            found["scores"][name] |= {
+                "difference": difference.value,
+                "difference_ci95": list(difference.ci95),
+                "inside_noise": inside_noise(difference),
+            }
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model's line of the table; the base has no ``comparison``."""
+    """One model's line of the table; the base has no ``comparison``. ``warnings``: what makes its
+    figures doubtful."""
 
     name: str
     disk_bytes: int
@@ -66,6 +89,8 @@ class Row:
     quality: QualityResult
     comparison: Comparison | None
     speed: tuple[Gain, ...]
+    tasks: tuple[TaskPrice, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """The base's loss and divergence are 0 of themselves: it was not read twice."""
@@ -92,18 +117,28 @@ class Row:
             "device": first.device,
             "dtype": first.dtype,
             "speed": [gain.as_dict() for gain in self.speed],
+            "tasks": [task.as_dict() for task in self.tasks],
+            "warnings": list(self.warnings),
         }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """The table: the base, and a row for each changed model."""
+    """The table: the base, and a row for each changed model. ``together``: all models were in
+    memory at once and took turns; else each took turns with the base alone."""
 
     base: Row
     rows: tuple[Row, ...]
+    together: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         return {"base": self.base.as_dict(), "rows": [row.as_dict() for row in self.rows]}
+
+    @classmethod
+    def joined(cls, prices: Sequence[Price]) -> Price:
+        """One table of several, whose bases are the same model."""
+        rows = tuple(row for price in prices for row in price.rows)
+        return cls(base=prices[0].base, rows=rows, together=len(prices) == 1)
 
 
 def price(
@@ -115,6 +150,8 @@ def price(
     rounds: int = 5,
     context: int | None = None,
     max_bytes: int | None = None,
+    tasks: Sequence[Task] = (),
+    generation: Generation | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Price:
@@ -128,34 +165,57 @@ def price(
     if context is None:
         context = min(candidate.engine.max_context for candidate in candidates) - 1
 
-    def teller(name: str) -> Callable[[int, int], None] | None:
-        if progress is None:
-            return None
-        return lambda done, total: progress(f"scoring {name}: document {done} of {total}")
-
-    compared = [
-        compare_quality(
-            base,
-            candidate.engine,
-            text,
-            context=context,
-            max_bytes=max_bytes,
-            seed=seed,
-            progress=teller(candidate.name),
-        )
-        for candidate in candidates[1:]
-    ]
+    tell = progress or (lambda line: None)
+    compared = compare_all(
+        base,
+        others,
+        text,
+        context=context,
+        max_bytes=max_bytes,
+        seed=seed,
+        progress=lambda done, total: tell(f"scoring: document {done} of {total}"),
+    )
+    asked = []
+    for candidate in candidates:
+        results = []
+        for task in tasks:
+            tell(f"{candidate.name}: {task.name}")
+            results.append(run_task(candidate.engine, task, generation=generation, seed=seed))
+        asked.append(results)
     speed = bench_together(
         [base, *others], cases, hardware, rounds=rounds, seed=seed, progress=progress
     )
     qualities = [compared[0].base, *(found.other for found in compared)]
     rows = [
-        _row(candidate, quality, comparison, gains(speed[0], results))
-        for candidate, quality, comparison, results in zip(
-            candidates, qualities, [None, *compared], speed
+        _row(candidate, quality, comparison, gains(speed[0], results), answers)
+        for candidate, quality, comparison, results, answers in zip(
+            candidates, qualities, [None, *compared], speed, _task_prices(asked, seed)
         )
     ]
     return Price(base=rows[0], rows=tuple(rows[1:]))
+
+
+def _task_prices(asked: Sequence[Sequence[TaskResult]], seed: int) -> list[tuple[TaskPrice, ...]]:
+    base = asked[0]
+    found = [tuple(TaskPrice(result=result, differences={}) for result in base)]
+    for results in asked[1:]:
+        found.append(
+            tuple(
+                TaskPrice(
+                    result=new,
+                    differences={
+                        name: paired_score(old, new, name, seed=seed) for name in new.scores
+                    },
+                )
+                for old, new in zip(base, results)
+            )
+        )
+    return found
+
+
+def inside_noise(difference: Score) -> bool:
+    """Whether the interval of a paired difference holds zero."""
+    return difference.ci95[0] <= 0.0 <= difference.ci95[1]
 
 
 def gains(base: Sequence[SpeedResult], results: Sequence[SpeedResult]) -> tuple[Gain, ...]:
@@ -184,6 +244,7 @@ def _row(
     quality: QualityResult,
     comparison: Comparison | None,
     speed: tuple[Gain, ...],
+    tasks: tuple[TaskPrice, ...],
 ) -> Row:
     work = candidate.engine.work
     return Row(
@@ -195,4 +256,6 @@ def _row(
         quality=quality,
         comparison=comparison,
         speed=speed,
+        tasks=tasks,
+        warnings=candidate.warnings,
     )

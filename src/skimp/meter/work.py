@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from skimp.cost import ModelWork, model_work
+from skimp.cost import ModelWork, memory_plan, model_work
+from skimp.cost.machine import free_memory as cpu_free
 
 if TYPE_CHECKING:
-    from skimp.engine import Engine
+    from skimp.engine import Engine, EngineOptions
     from skimp.model.spec import ModelSpec
 
 
@@ -25,6 +26,40 @@ def spec_work(spec: ModelSpec, dtype: str | None = None, **cache: Any) -> ModelW
     if not isinstance(kind, torch.dtype):
         raise ValueError(f"dtype: {dtype!r} is not a dtype")
     return model_work(spec, cache_specs(spec, dtype, **cache), dtype=dtype)
+
+
+def engine_bytes(spec: ModelSpec, options: EngineOptions, free: float) -> float:
+    """Bytes of memory that an engine of ``spec`` will take of those that are ``free``."""
+    from skimp.engine.engine import MAX_CACHE_SHARE
+
+    dtype: str = options.dtype
+    if dtype == "auto":
+        dtype = "float32" if spec.dtype == "float16" else spec.dtype
+    work = spec_work(
+        spec,
+        dtype,
+        cache_dtype=options.cache_dtype,
+        cache_recent=options.cache_recent,
+        cache_hadamard=options.cache_hadamard,
+    )
+    plan = memory_plan(
+        work,
+        batch=options.max_batch,
+        context=options.max_context or spec.max_positions,
+        page_tokens=options.page_tokens,
+        step_tokens=options.token_budget,
+    )
+    cache = options.cache_bytes or min(plan.cache_bytes, free * MAX_CACHE_SHARE)
+    return plan.weight_bytes + plan.workspace_bytes + cache
+
+
+def free_memory(device: str) -> int:
+    """Bytes that engines on ``device`` can still have."""
+    if device == "cpu":
+        return cpu_free()
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else cpu_free()
 
 
 def engine_threads(engine: Engine) -> int:

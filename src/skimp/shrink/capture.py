@@ -12,12 +12,12 @@ from torch import Tensor
 from skimp.formats.weight import QuantizedWeight
 from skimp.kernels.lowbit import round_rows
 from skimp.kernels.ops import PackLayout, StepInputs
-from skimp.kernels.plain import PlainMatrix, PlainOps, rms_norm
+from skimp.kernels.plain import PlainMatrix, PlainOps
 from skimp.model.decoder import DecoderLayer
-from skimp.model.layers import Linear, RMSNorm
+from skimp.model.layers import Linear
 from skimp.model.loading import assign
 from skimp.model.rope import rope_tables
-from skimp.model.spec import Activation, ModelSpec
+from skimp.model.spec import ModelSpec
 from skimp.shrink.step import Tensors
 
 # Matrices of a layer that read the same input, as a backend fuses them.
@@ -93,24 +93,14 @@ class _ObservedOps(PlainOps):
         assert id(linears[0]) in self._groups
         return super().pack(linears, layout)
 
-    def matmul(
-        self,
-        x: Tensor,
-        matrix: PlainMatrix,
-        *,
-        norm: RMSNorm | None = None,
-        activation: Activation | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        x = x if norm is None else rms_norm(x, norm)
+    def _product(self, x: Tensor, matrix: PlainMatrix) -> Tensor:
         group = self._groups[id(matrix.linears[0])]
         if self.observe is not None:
             self.observe(group, x)
         if group == self.until:
             raise _Seen
         rounding = self._rounding.get(group)
-        x = x if rounding is None else round_rows(x, rounding)
-        return super().matmul(x, matrix, activation=activation, residual=residual)
+        return super()._product(x if rounding is None else round_rows(x, rounding), matrix)
 
 
 def whole_text(token_ids: Tensor) -> StepInputs:

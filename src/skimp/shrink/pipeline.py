@@ -29,6 +29,7 @@ from skimp.model.spec import ModelSpec
 from skimp.shrink.journal import JOURNAL, Journal, WorkDirectory
 from skimp.shrink.recipe import Recipe
 from skimp.shrink.step import Need, Run, Step, Unit, calibration_dtype, unit_names
+from skimp.shrink.text import IMPRINT, Imprint
 from skimp.shrink.units import (
     CheckpointSource,
     OnDemand,
@@ -150,7 +151,8 @@ def shrink(
             with _reproducible(journal.run["threads"]):
                 result = _Pipeline(job, work.path, journal, tokens, progress).run()
             resumed = result.resumed
-            _write(job, work.path, output, journal, result, _key(run), shard_bytes)
+            read = Imprint.of(tokens) if tokens is not None and job.calibrated else None
+            _write(job, work.path, output, journal, result, _key(run), read, shard_bytes)
         progress(job.visits + 1, job.visits + 1)
         work.remove()
     notes = [note for notes in result.notes for note in notes]
@@ -293,6 +295,7 @@ def _write(
     journal: Journal,
     result: _Result,
     key: str,
+    read: Imprint | None,
     shard_bytes: int,
 ) -> None:
     """Write the checkpoint within the work directory, then move it to its place at once."""
@@ -308,6 +311,8 @@ def _write(
     kept = ("step", "pass", "unit", "sha256", "hidden")
     units = [{k: entry[k] for k in kept if k in entry} for entry in journal.entries]
     account = {"run": run, "steps": steps, "units": units}
+    if read is not None:
+        account[IMPRINT] = read.as_dict()
     save_checkpoint(
         work / FINISHED,
         result.spec,

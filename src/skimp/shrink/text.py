@@ -6,11 +6,14 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from skimp.errors import ShrinkError
+from skimp.model.checkpoint import read_json
+from skimp.model.manifest import SHRINK_FILE
 from skimp.shrink.recipe import Calibration
 
 if TYPE_CHECKING:
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 MAX_TEXT: Final = 1 << 30  # bytes
 DEFAULT_SAMPLES: Final = 128
 LIKE_ITSELF: Final = 1.5  # times the divergence of the calibration text's own halves
+SLIGHT: Final = 0.05  # bits that never matter, however alike the halves are
+LEAST: Final = 100  # tokens whose frequencies say anything
+IMPRINT: Final = "calibration_text"  # in the account of how a checkpoint was made
 
 
 def default_text() -> Path:
@@ -91,11 +97,73 @@ def chat_warning(calibration: Calibration, tokenizer: Tokenizer) -> str | None:
 # ---- likeness ---------------------------------------------------------------------------------
 
 
-def divergence(a: Sequence[int], b: Sequence[int]) -> float:
+@dataclass(frozen=True, kw_only=True)
+class Imprint:
+    """What a checkpoint keeps of its calibration text: how often each token was in the samples'
+    first half and in their second."""
+
+    halves: tuple[Counter[int], Counter[int]]
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> Imprint:
+        """Of samples [samples, T], without a begin token that is common to all."""
+        if len(tokens) > 1 and bool((tokens[:, 0] == tokens[0, 0]).all()):
+            tokens = tokens[:, 1:]
+        ids = tokens.flatten().tolist()
+        return cls(halves=(Counter(ids[: len(ids) // 2]), Counter(ids[len(ids) // 2 :])))
+
+    def as_dict(self) -> dict[str, Any]:
+        lines = [" ".join(f"{k}:{n}" for k, n in sorted(half.items())) for half in self.halves]
+        return {"tokens": sum(half.total() for half in self.halves), "halves": lines}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Imprint:
+        """Inverse of :meth:`as_dict`; ValueError, KeyError or TypeError on anything else."""
+        first, second = (
+            Counter({int(k): int(n) for k, n in (pair.split(":") for pair in half.split())})
+            for half in data["halves"]
+        )
+        if min([1, *first.values(), *second.values()]) < 1:
+            raise ValueError("a token that never came")
+        return cls(halves=(first, second))
+
+    @classmethod
+    def read(cls, directory: Path) -> Imprint | None:
+        """Of the text that a checkpoint was calibrated on, if it was. Raises ShrinkError."""
+        path = directory / SHRINK_FILE
+        if not path.is_file():
+            return None
+        data = read_json(path).get(IMPRINT)
+        try:
+            return None if data is None else cls.from_dict(data)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ShrinkError(f"{path}: {IMPRINT}: is not as skimp writes it") from None
+
+    def unlike(self, evaluation: Sequence[int]) -> str | None:
+        """A warning if the evaluation text is less like the calibration text than the halves of
+        the calibration text are like each other; None if it is alike.
+
+        All are thinned to one number of tokens first, since short texts differ by chance.
+        """
+        first, second, other = *self.halves, Counter(evaluation)
+        size = min(first.total(), second.total(), other.total())
+        if size < LEAST:
+            return None
+        first, second, other = (_thinned(counts, size) for counts in (first, second, other))
+        own = divergence(first, second)
+        found = min(divergence(half, other) for half in (first, second))
+        if found <= max(LIKE_ITSELF * own, own + SLIGHT):
+            return None
+        return (
+            "it was calibrated on text that is unlike this one: their token frequencies diverge by "
+            f"{found:.2f} bits, those of the calibration text's own halves by {own:.2f}"
+        )
+
+
+def divergence(p: Counter[int], q: Counter[int]) -> float:
     """Jensen-Shannon divergence of the token frequencies of two texts, bits: 0 the same, 1
     nothing in common."""
-    p, q = Counter(a), Counter(b)
-    n, m = len(a), len(b)
+    n, m = p.total(), q.total()
     total = 0.0
     for token in sorted(p.keys() | q.keys()):
         x, y = p[token] / n, q[token] / m
@@ -104,23 +172,15 @@ def divergence(a: Sequence[int], b: Sequence[int]) -> float:
     return total
 
 
-def unlike(calibration: Sequence[int], evaluation: Sequence[int]) -> str | None:
-    """A warning if the evaluation text is less like the calibration text than the halves of the
-    calibration text are like each other; None if it is alike.
+def _thinned(counts: Counter[int], size: int) -> Counter[int]:
+    """``size`` of the tokens, drawn without replacement."""
+    import numpy as np
 
-    All are cut to one length first, since short texts differ by chance.
-    """
-    size = min(len(calibration) // 2, len(evaluation))
-    if size == 0:
-        return "calibration: no text to compare"
-    own = divergence(calibration[:size], calibration[-size:])
-    other = divergence(calibration[:size], evaluation[:size])
-    if other <= LIKE_ITSELF * own:
-        return None
-    return (
-        f"calibration: the text is unlike the evaluation text: their token frequencies diverge by "
-        f"{other:.2f} bits, the calibration text's own halves by {own:.2f}"
+    tokens = sorted(counts)
+    drawn = np.random.default_rng(0).multivariate_hypergeometric(
+        [counts[token] for token in tokens], size, method="marginals"
     )
+    return Counter({token: int(n) for token, n in zip(tokens, drawn) if n})
 
 
 # ---- files ------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
-"""The price's two tables, losses and speeds, as rows of text."""
+"""The price's tables (losses, scores, speeds) as rows of text."""
 
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 
-from skimp.meter.price import Price, Row
+from skimp.meter.price import Price, Row, TaskPrice, inside_noise
+from skimp.meter.tasks import TaskResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +20,8 @@ class Table:
     note: str
 
 
-def tables(price: Price) -> tuple[Table, Table]:
-    """Loss and bytes; speed."""
+def tables(price: Price) -> tuple[Table, ...]:
+    """Loss; scores, if tasks were asked; bytes; speed."""
     rows = (price.base, *price.rows)
     quality, first = price.base.quality, price.base.speed[0].result
     loss = Table(
@@ -27,10 +29,6 @@ def tables(price: Price) -> tuple[Table, Table]:
         columns=(
             "model",
             "verdict",
-            "disk",
-            "weights resident",
-            "weights read/token",
-            "cache/token",
             "bits/byte (95 %)",
             "loss (95 %)",
             "KL, nats/token (95 %)",
@@ -41,8 +39,12 @@ def tables(price: Price) -> tuple[Table, Table]:
             f"bytes), windows of {quality.context}; intervals from a bootstrap over "
             f"{quality.blocks} passages, losses and KL paired with the base; "
             f"{first.device}, {_each(rows, 'dtype')}"
+            + "".join(f"; {row.name}: {line}" for row in rows for line in row.warnings)
         ),
     )
+    turns = "all models loaded and taking turns"
+    if not price.together:
+        turns = "each model taking turns with the base alone, as memory does not hold all of them"
     speed = Table(
         title="What it gains",
         columns=(
@@ -59,15 +61,20 @@ def tables(price: Price) -> tuple[Table, Table]:
         note=(
             f"{first.device}, {_each(rows, 'dtype')}, {_each(rows, 'backend')} kernels, "
             f"{first.threads} threads; medians of {first.rounds} rounds of {first.case.new_tokens} "
-            "steps, all models loaded and taking turns; spread is (slowest - fastest) / median; "
-            f"{first.hardware}"
+            f"steps, {turns}; spread is (slowest - fastest) / median; {first.hardware}"
         ),
     )
-    return loss, speed
+    return (loss, *([_scores(rows)] if price.base.tasks else []), _sizes(rows), speed)
+
+
+def parted(cell: str) -> tuple[str, str]:
+    """A figure, and what stands in brackets after it: its interval, or nothing."""
+    found = re.fullmatch(r"(.+?) (\([^()]*\))", cell)
+    return (cell, "") if found is None else (found[1], found[2])
 
 
 def as_text(price: Price) -> str:
-    """Both tables for a terminal, as wide as they need."""
+    """The tables for a terminal, as wide as they need; intervals stand below their figures."""
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
@@ -75,18 +82,19 @@ def as_text(price: Price) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=400, highlight=False, markup=False)
     for table in tables(price):
-        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, expand=False)
+        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(table.columns):
-            grid.add_column(column, justify="right" if index else "left", no_wrap=True)
+            heading = "\n".join(filter(None, parted(column)))
+            grid.add_column(heading, justify="right" if index else "left", no_wrap=True)
         for row in table.rows:
-            grid.add_row(*row)
+            grid.add_row(*("\n".join(filter(None, parted(cell))) for cell in row))
         console.print(grid)
         console.print(table.note + "\n")
     return "\n".join(line.rstrip() for line in stream.getvalue().strip().splitlines())
 
 
 def as_markdown(price: Price) -> str:
-    """Both tables as Markdown."""
+    """The tables as Markdown."""
     parts = []
     for table in tables(price):
         rule = ["---", *["---:"] * (len(table.columns) - 1)]
@@ -106,15 +114,82 @@ def _loss(row: Row) -> tuple[str, ...]:
         lost = f"{worse:+.4f} ({low:+.4f} to {high:+.4f})"
         low, high = found.divergence.ci95
         kl = f"{found.divergence.kl:.3g} ({low:.3g} to {high:.3g})"
-        verdict = "worse" if worse > 0 else "better"
-        verdict = "inside the noise" if found.paired.inside_noise else verdict
-    sizes = (
-        row.disk_bytes,
-        row.resident_weight_bytes,
-        row.weight_bytes_per_token,
-        row.cache_bytes_per_token,
+        verdict = _verdict(worse, found.paired.inside_noise)
+    return (row.name, verdict, own, lost, kl)
+
+
+def _sizes(rows: tuple[Row, ...]) -> Table:
+    lines = []
+    for row in rows:
+        sizes = (
+            row.disk_bytes,
+            row.resident_weight_bytes,
+            row.weight_bytes_per_token,
+            row.cache_bytes_per_token,
+        )
+        lines.append((row.name, *map(_bytes, sizes)))
+    return Table(
+        title="What it takes",
+        columns=("model", "on disk", "weights in memory", "weights read/token", "cache/token"),
+        rows=tuple(lines),
+        note="read/token: by a step of one sequence; cache/token: what one more token adds",
     )
-    return (row.name, verdict, *map(_bytes, sizes), own, lost, kl)
+
+
+def _scores(rows: tuple[Row, ...]) -> Table:
+    lines = []
+    notes = dict.fromkeys(_task_note(task.result) for task in rows[0].tasks)
+    for index in range(len(rows[0].tasks)):
+        for name in rows[0].tasks[index].result.scores:
+            lines += [_score(row, row.tasks[index], name) for row in rows]
+    return Table(
+        title="What it still gets right",
+        columns=(
+            "model",
+            "score",
+            "value (95 %)",
+            "items",
+            "difference (95 %)",
+            "verdict",
+        ),
+        rows=tuple(lines),
+        note=(
+            f"{'; '.join(notes)}; differences are paired with the base, item by item; "
+            f"{rows[0].speed[0].result.device}, {_each(rows, 'dtype')}"
+        ),
+    )
+
+
+def _score(row: Row, task: TaskPrice, name: str) -> tuple[str, ...]:
+    score = task.result.scores[name]
+    low, high = score.ci95
+    difference = verdict = ""
+    if (found := task.differences.get(name)) is not None:
+        difference = f"{found.value:+.3f} ({found.ci95[0]:+.3f} to {found.ci95[1]:+.3f})"
+        verdict = _verdict(-found.value, inside_noise(found))
+    return (
+        row.name,
+        f"{task.result.name}: {name}",
+        f"{score.value:.3f} ({low:.3f} to {high:.3f})",
+        f"{score.n:,}",
+        difference,
+        verdict or "base",
+    )
+
+
+def _task_note(result: TaskResult) -> str:
+    found = f"{result.name}: {result.kind}, {result.n:,} items"
+    chances = {score.chance for score in result.scores.values() if score.chance is not None}
+    found += "".join(f", chance {chance:.3g}" for chance in chances)
+    if result.cut:
+        found += f", {result.cut} without the beginning of their context"
+    if "shots" in result.notes:
+        found += f", {result.notes['shots']} shots, {result.notes['unfinished']} unfinished"
+    return found
+
+
+def _verdict(worse: float, noise: bool) -> str:
+    return "inside the noise" if noise else "worse" if worse > 0 else "better"
 
 
 def _speed(row: Row) -> list[tuple[str, ...]]:
