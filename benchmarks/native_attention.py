@@ -55,15 +55,13 @@ class Case:
         self.out = torch.zeros(batch * rows, shape.heads * dim, dtype=shape.dtype)
         self.op = op = structs.AttendOp()
         op.head = structs.OpHeader(structs.ATTEND, structs.DTYPES[shape.dtype])
-        arrays = (self.positions, self.seqs, self.ends, self.table)
-        op.meta = structs.RowMeta(
-            *(x.data_ptr() for x in arrays), self.table.stride(0), self.arena.data_ptr()
-        )
+        arrays = (self.positions, self.seqs, self.ends, self.arena)
+        op.meta = structs.RowMeta(*(x.data_ptr() for x in arrays))
+        op.cache = structs.CachePages(self.table.data_ptr(), self.table.stride(0), 0, 0, shape.page)
         op.q, op.q_stride = self.q.data_ptr(), self.q.stride(0)
         op.out, op.out_stride = self.out.data_ptr(), self.out.stride(0)
         op.scale = dim**-0.5
         op.num_heads, op.num_kv_heads, op.head_dim = shape.heads, kv, dim
-        op.page_tokens = shape.page
         self.program = (ctypes.c_void_p * 1)(ctypes.addressof(op))
 
     def native(self, threads: int) -> None:

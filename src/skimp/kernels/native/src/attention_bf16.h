@@ -1,6 +1,7 @@
 // Reading and softmax for bf16 operands: AVX512-BF16 and AMX use the same forms.
 // Included inside a target that has avx512bf16.
 #include "attention_avx512.h"
+#include "attention_codes_bf16.h"
 
 namespace skimp {
 namespace {
@@ -63,6 +64,8 @@ constexpr AttentionKernels kernels_bf16(decltype(AttentionKernels::begin) begin,
           pack_query_bf16,
           read_keys_bf16,
           read_values_bf16,
+          decode_keys_bf16,
+          decode_values_bf16,
           score,
           softmax_row<Avx512Bf16, StoreBF16, 4>,
           weigh,
