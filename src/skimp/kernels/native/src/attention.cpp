@@ -379,7 +379,8 @@ class Attention {
     }
   }
 
-  // The scales of a span's keys and values, for each head of the piece.
+  // The scales of a span's keys and values, for each head of the piece. Those of the next span
+  // are on their way meanwhile.
   void read_scales(const Piece& piece, const Span& span) {
     const Memory& memory = memories_[span.memory];
     if (!memory.codes()) return;
@@ -397,6 +398,8 @@ class Attention {
           }
           const uint16_t* from = memory.pages.scales(seq, plane, key);
           for (int i = 0; i < kPanel; ++i) to[i] = float_of(int32_t{from[i]} << 16);
+          if (key + kSpan < tile.reach[span.memory].hi)
+            __builtin_prefetch(memory.pages.scales(seq, plane, key + kSpan), 0, 2);
         }
       }
     }

@@ -69,6 +69,10 @@ const AttentionKernels& attention_avx2();
 const AttentionKernels& attention_avx512();      // f, bw, dq, vl
 const AttentionKernels& attention_avx512bf16();  // bf16 operands
 const AttentionKernels& attention_amx();         // bf16 operands
+
+// AttentionKernels::decode_keys and decode_values to bf16 operands, with AVX512-VBMI.
+void decode_keys_vbmi(const uint8_t* block, int format, int dim, int padded, void* dst);
+void decode_values_vbmi(const uint8_t* block, int format, int dim, int padded, void* dst);
 #endif
 
 }  // namespace skimp
