@@ -78,7 +78,7 @@ struct Piece {
   float* part;  // in shared memory, or null: the piece is a whole item
 };
 
-// Where keys and values lie that queries read.
+// Keys and values that queries read.
 struct Memory {
   Pages pages;
   bool as_stored;  // they have the operands' form
@@ -86,11 +86,19 @@ struct Memory {
   bool codes() const { return pages.at.format != CACHE_DENSE; }
 };
 
+// Where the keys of the first head of a span lie, by 16; the other planes at fixed distances.
+struct Places {
+  const char* blocks[kSpan / kPanel];
+  const uint16_t* scales[kSpan / kPanel];
+};
+
 // The block of 16 keys or values to be prefetched next.
 struct Ahead {
   size_t piece = 0;
-  int span = 0, key = 0, head = 0;
+  int number = 0, key = 0, head = 0;
   bool values = false;
+  Span span;  // of that number
+  Places places;
 };
 
 // Kept from op to op, so that a step allocates nothing.
@@ -178,7 +186,9 @@ class Attention {
 
     pieces_.clear();
     const int64_t used = split ? collect_spans() : collect_items();
-    ahead_ = {};
+    ahead_.piece = 0;
+    ahead_.head = 0;
+    ahead_.values = false;
     settle();
     const int64_t block = kPanel * memories_[0].pages.vector;
     for (int64_t i = 0; i < std::max<int64_t>(2, kAheadBytes / block); ++i) prefetch();
@@ -345,29 +355,38 @@ class Attention {
     std::fill_n(work_.sum, rows * piece.heads, 0.0f);
   }
 
+  void locate(const Tile& tile, const Span& span, Places& places) const {
+    const Memory& memory = memories_[span.memory];
+    const int seq = op_.meta.row_seq[tile.first];
+    for (int key = span.lo / kPanel * kPanel; key < span.hi; key += kPanel) {
+      const int i = (key - span.base) / kPanel;
+      places.blocks[i] = memory.pages.block(seq, 0, key);
+      if (memory.codes()) places.scales[i] = memory.pages.scales(seq, 0, key);
+    }
+  }
+
   // The block of 16 keys or values at `key`.
-  const char* block(const Tile& tile, const Memory& memory, int head, bool values,
+  const char* block(const Places& places, const Span& span, int head, bool values,
                     int key) const {
-    const int plane = head + (values ? op_.num_kv_heads : 0);
-    return memory.pages.block(op_.meta.row_seq[tile.first], plane, key);
+    const Pages& pages = memories_[span.memory].pages;
+    const int64_t plane = head + (values ? op_.num_kv_heads : 0);
+    return places.blocks[(key - span.base) / kPanel] + plane * pages.at.page_tokens * pages.vector;
   }
 
   // Brings keys (or values) [from, to) of a kv head, whole groups, into operand form. A key that
   // no row sees has a score of its own, which is masked, so what lies there does not matter; an
   // unseen value is multiplied by zero and must therefore be a number.
-  void read(const Tile& tile, const Span& span, int head, bool values, int from, int to,
-            char* dst) {
+  void read(const Span& span, int head, bool values, int from, int to, char* dst) {
     const Memory& memory = memories_[span.memory];
-    const Reach& seen = tile.reach[span.memory];
     const int64_t bytes = int64_t{kPanel} * padded_ * kernels_.operand_bytes;
     const DType dtype = static_cast<DType>(op_.head.dtype);
     for (int key = from; key < to; key += kPanel, dst += bytes) {
-      const int lo = std::max(seen.lo - key, 0), hi = std::min(seen.hi - key, kPanel);
+      const int lo = std::max(span.lo - key, 0), hi = std::min(span.hi - key, kPanel);
       if (lo >= hi) {  // there may be no page
         std::memset(dst, 0, bytes);
         continue;
       }
-      const char* source = block(tile, memory, head, values, key);
+      const char* source = block(places_, span, head, values, key);
       if (memory.codes())
         (values ? kernels_.decode_values : kernels_.decode_keys)(
             reinterpret_cast<const uint8_t*>(source), memory.pages.at.format, dim_, padded_, dst);
@@ -379,27 +398,23 @@ class Attention {
     }
   }
 
-  // The scales of a span's keys and values, for each head of the piece. Those of the next span
-  // are on their way meanwhile.
+  // The scales of a span's keys and values, for each head of the piece.
   void read_scales(const Piece& piece, const Span& span) {
     const Memory& memory = memories_[span.memory];
     if (!memory.codes()) return;
-    const Tile& tile = piece.tile;
-    const int seq = op_.meta.row_seq[tile.first];
+    const int64_t plane = memory.pages.at.page_tokens;
     for (int h = 0; h < piece.heads; ++h) {
       for (const bool values : {false, true}) {
-        const int plane = piece.head + h + (values ? op_.num_kv_heads : 0);
-        float* out = (values ? work_.value_scales : work_.key_scales) + h * kSpan;
-        for (int key = span.first_group(); key < span.end_group(); key += kPanel) {
-          float* to = out + key - span.base;
+        const int64_t at = plane * (piece.head + h + (values ? op_.num_kv_heads : 0));
+        float* to = (values ? work_.value_scales : work_.key_scales) + h * kSpan;
+        to += span.first_group() - span.base;
+        for (int key = span.first_group(); key < span.end_group(); key += kPanel, to += kPanel) {
           if (key + kPanel <= span.lo || key >= span.hi) {  // there may be no page
             std::fill_n(to, kPanel, 0.0f);
             continue;
           }
-          const uint16_t* from = memory.pages.scales(seq, plane, key);
+          const uint16_t* from = places_.scales[(key - span.base) / kPanel] + at;
           for (int i = 0; i < kPanel; ++i) to[i] = float_of(int32_t{from[i]} << 16);
-          if (key + kSpan < tile.reach[span.memory].hi)
-            __builtin_prefetch(memory.pages.scales(seq, plane, key + kSpan), 0, 2);
         }
       }
     }
@@ -411,23 +426,21 @@ class Attention {
     Ahead& a = ahead_;
     if (a.piece == pieces_.size()) return;
     const Piece& piece = pieces_[a.piece];
-    const Span span = piece.tile.span(a.span);
-    const Memory& memory = memories_[span.memory];
-    const char* p = block(piece.tile, memory, piece.head + a.head, a.values, a.key);
-    const int64_t bytes = kPanel * memory.pages.vector;
+    const char* p = block(a.places, a.span, piece.head + a.head, a.values, a.key);
+    const int64_t bytes = kPanel * memories_[a.span.memory].pages.vector;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
     if (++a.head < piece.heads) return;
     a.head = 0;
     a.key += kPanel;
-    if (a.key < span.hi) return;
-    if (a.values) ++a.span;
-    a.values = !a.values;
-    if (a.span < piece.end_span) {
-      a.key = piece.tile.span(a.span).lo / kPanel * kPanel;
-    } else {
+    if (a.key < a.span.hi) return;
+    a.key = a.span.lo / kPanel * kPanel;
+    if (a.values && ++a.number < piece.end_span) {
+      enter();
+    } else if (a.values) {
       ++a.piece;
       settle();
     }
+    a.values = !a.values;
   }
 
   // To the beginning of the next piece that reads anything.
@@ -436,8 +449,24 @@ class Attention {
     while (a.piece < pieces_.size() && pieces_[a.piece].first_span >= pieces_[a.piece].end_span)
       ++a.piece;
     if (a.piece == pieces_.size()) return;
-    a.span = pieces_[a.piece].first_span;
-    a.key = pieces_[a.piece].tile.span(a.span).lo / kPanel * kPanel;
+    a.number = pieces_[a.piece].first_span;
+    enter();
+  }
+
+  // The scales are needed sooner than most of the span, so they are fetched at once.
+  void enter() {
+    Ahead& a = ahead_;
+    const Piece& piece = pieces_[a.piece];
+    a.span = piece.tile.span(a.number);
+    a.key = a.span.lo / kPanel * kPanel;
+    locate(piece.tile, a.span, a.places);
+    const Memory& memory = memories_[a.span.memory];
+    if (!memory.codes()) return;
+    for (int key = a.key; key < a.span.hi; key += kPanel) {
+      const uint16_t* scales = a.places.scales[(key - a.span.base) / kPanel];
+      for (const int plane : {piece.head, piece.head + op_.num_kv_heads})
+        __builtin_prefetch(scales + plane * memory.pages.at.page_tokens, 0, 2);
+    }
   }
 
   // One span for few rows, all heads of the piece in turn: merged into the running sums, or left
@@ -450,28 +479,28 @@ class Attention {
     const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
     const int g0 = span.first_group(), g1 = span.end_group();
     const Memory& memory = memories_[span.memory];
-    const Reach& seen = tile.reach[span.memory];
+    locate(tile, span, places_);
     read_scales(piece, span);
     for (int k = g0; k < g1; k += kGroup) {
       for (int h = 0; h < piece.heads; ++h) {
         const char* queries = work_.queries + h * rows * key_bytes;
         float* scores = work_.scores + h * rows * kScoreStride + k - base;
-        if (memory.as_stored && seen.lo < k + kPanel && seen.hi > k + kPanel) {
+        if (memory.as_stored && span.lo < k + kPanel && span.hi > k + kPanel) {
           for (int key = k; key < k + kGroup; key += kPanel, scores += kPanel) {
             kernels_.score(queries, rows, padded_,
-                           block(tile, memory, piece.head + h, false, key), 1, scores);
+                           block(places_, span, piece.head + h, false, key), 1, scores);
             prefetch();
           }
           continue;
         }
-        read(tile, span, piece.head + h, false, k, k + kGroup, work_.keys);
+        read(span, piece.head + h, false, k, k + kGroup, work_.keys);
         kernels_.score(queries, rows, padded_, work_.keys, kGroup / kPanel, scores);
       }
     }
     for (int h = 0; h < piece.heads; ++h) softmax(span, h, h * rows, rows, g0, g1);
     for (int k = g0; k < g1; k += kGroup) {
       for (int h = 0; h < piece.heads; ++h) {
-        read(tile, span, piece.head + h, true, k, k + kGroup, work_.values);
+        read(span, piece.head + h, true, k, k + kGroup, work_.values);
         kernels_.weigh(work_.scores + h * rows * kScoreStride,
                        work_.probs + h * rows * kProbStride, rows, padded_, work_.values, k - base,
                        kGroup, k > g0, work_.part + h * rows * padded_);
@@ -486,9 +515,10 @@ class Attention {
     const int base = span.base, rows = tile.tokens * group_;
     const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
     const int g0 = span.first_group(), g1 = span.end_group();
+    locate(tile, span, places_);
     read_scales(piece, span);
-    read(tile, span, piece.head, false, g0, g1, work_.keys);
-    read(tile, span, piece.head, true, g0, g1, work_.values);
+    read(span, piece.head, false, g0, g1, work_.keys);
+    read(span, piece.head, true, g0, g1, work_.values);
     for (int first = 0; first < rows; first += kTile) {
       const int count = std::min(kTile, rows - first);
       Reach seen;
@@ -579,6 +609,7 @@ class Attention {
   SoftmaxScale scale_;
   Workspace work_;
   std::vector<Piece>& pieces_;
+  Places places_;  // of the span that is being read
   Ahead ahead_;
   float part_max_[kTile], part_sum_[kTile];
 };
