@@ -25,6 +25,8 @@ from skimp.cache.spec import vector_bytes
 from skimp.kernels.native import structs
 from skimp.kernels.native.library import describe, library
 
+FORMATS_BYTES = 256 << 20  # of dense keys and values, read in turn
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -52,9 +54,10 @@ class Case:
         page_bytes = -(-2 * kv * shape.page * shape.vector_bytes // 64) * 64
         count = batch * pages * page_bytes
         if shape.format is None:
-            numbers = torch.randn(count // shape.dtype.itemsize + 64).to(shape.dtype)
-        else:  # random codes, and scales of about 0.06, whatever stands for what
-            numbers = torch.randint(0x3D, 0x3E, (count + 64,), dtype=torch.uint8)
+            numbers = torch.randn(1 << 16).to(shape.dtype)
+            numbers = numbers.repeat(count // shape.dtype.itemsize // (1 << 16) + 2)
+        else:  # codes, and scales of about 0.05, whatever stands for what
+            numbers = torch.full((count + 64,), 0x3D, dtype=torch.uint8)
         skip = -numbers.data_ptr() % 64 // numbers.element_size()
         self.arena = numbers[skip:]
         order = torch.randperm(batch * pages).int() * (page_bytes // 64)
@@ -137,19 +140,21 @@ def line(label: str, work: float, unit: str, times: list[float]) -> str:
 
 
 def compare_formats(shape: Shape, threads: int, rounds: int) -> None:
-    """All formats in turn at the same contexts, so that they meet the same machine."""
-    for batch, context, queries in ((1, 1024, 1), (1, 8192, 1), (1, 65536, 1), (16, 4096, 1)):
-        cases = {
-            str(format or shape.dtype): Case(replace(shape, format=format), batch, context, queries)
-            for format in (None, "int8", "fp8", "int4")
-        }
-        calls = {name: lambda case=case: case.native(threads) for name, case in cases.items()}
+    """One token of all layers of a model: as many as do not fit any processor's cache."""
+    for batch, context in ((1, 1024), (1, 8192), (1, 65536), (16, 4096)):
+        layers = max(1, FORMATS_BYTES // Case(shape, batch, context, 1).cache_bytes)
+        calls, sizes = {}, {}
+        for format in (None, "int8", "fp8", "int4"):
+            cases = [Case(replace(shape, format=format), batch, context, 1) for _ in range(layers)]
+            name = format or str(shape.dtype).removeprefix("torch.")
+            sizes[name] = sum(case.cache_bytes for case in cases)
+            calls[name] = lambda cases=cases: [case.native(threads) for case in cases]
         times = seconds(calls, rounds)
-        dense = statistics.median(times[str(shape.dtype)])
-        for name, case in cases.items():
-            gain = dense / statistics.median(times[name])
-            label = f"{name:14} generation {batch:3} x {context}"
-            print(line(label, case.cache_bytes, "GB/s", times[name]), f" x{gain:.2f}")
+        dense = statistics.median(next(iter(times.values())))
+        for name, found in times.items():
+            gain = dense / statistics.median(found)
+            label = f"{name:9} {batch:3} x {context:5}, {layers:3} layers"
+            print(f"{line(label, sizes[name], 'GB/s', found)}  x{gain:.2f}")
 
 
 def main() -> None:
