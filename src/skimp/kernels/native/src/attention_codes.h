@@ -18,13 +18,12 @@ inline void decode_bytes(const uint8_t* __restrict codes, int format, int count,
     return;
   }
   for (int i = 0; i < count; ++i) {
-    const int32_t magnitude = codes[i] & 0x7f;
+    const int32_t magnitude = codes[i] & 0x7f, sign = (codes[i] & 0x80) << 24;
     const int32_t normal = (magnitude << 20) + (120 << 23);
-    const float small = static_cast<float>(magnitude) * 0x1p-9f;
-    int32_t bits;
-    std::memcpy(&bits, &small, 4);
-    bits = (magnitude < 8 ? bits : normal) | static_cast<int32_t>((codes[i] & 0x80u) << 24);
-    std::memcpy(out + i, &bits, 4);
+    const int32_t small = __builtin_bit_cast(int32_t, static_cast<float>(magnitude) * 0x1p-9f);
+    const int32_t is_small = -(magnitude < 8);  // a choice would be a branch, and no vector
+    const int32_t bits = (small & is_small) | (normal & ~is_small) | sign;
+    out[i] = __builtin_bit_cast(float, bits);
   }
 }
 

@@ -146,13 +146,13 @@ inline void pack_query_f32(const float* q, float sign, int dim, int padded, void
 }
 
 // Widening a pair is a shift and a mask; plain loops, which compilers vectorize.
-inline void widen_pairs(const char* pairs, int count, float* even, float* odd) {
+inline void widen_pairs(const char* __restrict pairs, int count, float* __restrict even,
+                        float* __restrict odd) {
   for (int i = 0; i < count; ++i) {
     uint32_t both;
     std::memcpy(&both, pairs + 4 * i, 4);
-    const uint32_t bits[2] = {both << 16, both & 0xffff0000u};
-    std::memcpy(even + i, bits, 4);
-    std::memcpy(odd + i, bits + 1, 4);
+    even[i] = __builtin_bit_cast(float, both << 16);
+    odd[i] = __builtin_bit_cast(float, both & 0xffff0000u);
   }
 }
 
