@@ -8,8 +8,8 @@ full-precision cache of the same weights, with the interval of the paired bootst
 A small model has no outliers in its keys, large ones have: a few dimensions ten times the rest
 (KIVI, Liu et al. 2024). So the same caches are also measured on a copy of the model whose function
 is the same, but in which ``--outlier-pairs`` rotary pairs of dimensions of every key head are
-``--outlier-factor`` times as large, and of the queries as much smaller. Powers of two do that
-without any rounding. Rows of this copy are labelled "planted outliers". Writes OUT.md and OUT.json.
+``--outliers`` times as large, and of the queries as much smaller. Powers of two do that without any
+rounding. Rows of such copies are labelled "planted". Writes OUT.md and OUT.json.
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from skimp.engine import Engine, EngineOptions
-from skimp.kernels.native.library import describe
+from skimp.kernels.native.library import library
+from skimp.kernels.ops import AttentionParams, StepInputs
+from skimp.kernels.plain import PlainOps
 from skimp.meter.divergence import Comparison, compare_quality
+from skimp.meter.quality import split_documents
 from skimp.model.decoder import Decoder
 from skimp.model.loading import load_decoder
 from skimp.model.locate import locate_model
 from skimp.model.mixers.attention import Attention
+from skimp.shrink.capture import whole_text
 from skimp.text import Tokenizer
 
 ASSETS = Path(__file__).parents[1] / "src/skimp/assets"
@@ -55,6 +60,36 @@ def plant_outliers(decoder: Decoder, pairs: int, factor: float) -> None:
                 linear.weight.unflatten(0, (-1, dim)).mul_(by.view(dim, 1).to(linear.weight.dtype))
 
 
+class KeySizes(PlainOps):
+    """Remembers how large each dimension of the keys is: float [kv_heads, head_dim] a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[Tensor] = []
+
+    def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
+        spec = params.spec
+        keys = qkv[:, spec.q_dim : spec.q_dim + spec.kv_dim].float()
+        keys = keys.unflatten(1, (spec.num_kv_heads, spec.head_dim))
+        self.layers.append(keys.square().mean(0).sqrt())
+        return super().attention(qkv, params, step)
+
+
+@torch.inference_mode()
+def outlier_ratio(args: argparse.Namespace, factor: float, text: str) -> float:
+    """Root mean square of a key head's largest dimension over that of its median one: the median
+    over all heads."""
+    path = locate_model(args.model)
+    decoder = load_decoder(path)
+    plant_outliers(decoder, args.outlier_pairs, factor)
+    ids = Tokenizer.load(path).encode(split_documents(text)[0])[:1024]
+    ops = KeySizes()
+    decoder.bind(ops, max_positions=len(ids))
+    decoder(whole_text(torch.tensor(ids, dtype=torch.int32)), ops)
+    sizes = torch.cat(ops.layers)
+    return float((sizes.amax(-1) / sizes.median(-1).values).median())
+
+
 def name_of(cache: dict[str, Any]) -> str:
     parts = [cache["cache_dtype"]]
     if cache.get("cache_hadamard"):
@@ -64,11 +99,10 @@ def name_of(cache: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def engine(args: argparse.Namespace, planted: bool, cache: dict[str, Any]) -> Engine:
+def engine(args: argparse.Namespace, factor: float, cache: dict[str, Any]) -> Engine:
     path = locate_model(args.model)
     decoder = load_decoder(path)
-    if planted:
-        plant_outliers(decoder, args.outlier_pairs, args.outlier_factor)
+    plant_outliers(decoder, args.outlier_pairs, factor)
     options = EngineOptions(max_batch=1, prefix_cache=False, threads=args.threads, **cache)
     return Engine(decoder, Tokenizer.load(path), options)
 
@@ -107,6 +141,32 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def markdown(report: dict[str, Any]) -> list[str]:
+    limit = "" if report["max_bytes"] is None else f" --max-bytes {report['max_bytes']}"
+    dims = 2 * report["outlier_pairs"]
+    ratios = ", ".join(f"{kind} {x:.1f}" for kind, x in report["outlier_ratio"].items())
+    return [
+        f"# What low-bit caches cost: {report['model']}, {report['dtype']}",
+        "",
+        f"`python benchmarks/cache_bits.py{limit} -o ...`: {report['tokens']:,} tokens, "
+        f"{report['bytes']:,} bytes in {report['documents']} documents of {report['text']}, "
+        f"context {report['context']}; {report['device']}; PyTorch {report['torch']}.",
+        "",
+        f"A full-precision cache holds {report['full_cache_bytes_per_token']:,} bytes a token. "
+        "Each row differs from it in the cache alone; intervals of differences are those of the "
+        "paired bootstrap over passages. Newest tokens at full precision are a fixed amount a "
+        "sequence and not in the bytes a token.",
+        "",
+        f'"Planted": the same function, but {dims} of the dimensions of every key head are '
+        "multiplied by that factor, and those of the queries divided by it. Nobody trained such a "
+        "model: it stands for larger ones, whose keys have a few large dimensions. How many times "
+        "the median dimension of a key head the largest one is (root mean squares; the median over "
+        f"heads): {ratios}.",
+        "",
+        *table(report["rows"]),
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("-o", "--out", type=Path, required=True)
@@ -115,15 +175,15 @@ def main() -> None:
     parser.add_argument("--max-bytes", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--outlier-pairs", type=int, default=2)
-    parser.add_argument("--outlier-factor", type=float, default=16.0)
+    parser.add_argument("--outliers", type=float, nargs="*", default=[4.0, 16.0])
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8")
-    kinds = {"as it is": False, "planted outliers": True}
+    kinds = {"as it is": 1.0} | {f"planted x{x:g}": x for x in args.outliers}
     rows = []
-    for kind, planted in kinds.items():
-        base = engine(args, planted, {})
+    for kind, factor in kinds.items():
+        base = engine(args, factor, {})
         for cache in CACHES:
-            other = engine(args, planted, cache)
+            other = engine(args, factor, cache)
             found = compare_quality(base, other, text, max_bytes=args.max_bytes)
             rows.append(row(kind, cache, other, found))
             print("\n".join(table(rows)[-1:]), flush=True)
@@ -133,32 +193,19 @@ def main() -> None:
         "text": args.text.name,
         "tokens": found.base.tokens,
         "documents": found.base.documents,
+        "bytes": found.base.bytes,
+        "max_bytes": args.max_bytes,
         "context": found.base.context,
         "dtype": str(base.dtype).removeprefix("torch."),
-        "device": f"cpu, native {describe()}",
+        "device": f"cpu, native kernels, {library().isa()}",
         "torch": torch.__version__,
         "full_cache_bytes_per_token": full,
         "outlier_pairs": args.outlier_pairs,
-        "outlier_factor": args.outlier_factor,
+        "outlier_ratio": {kind: outlier_ratio(args, x, text) for kind, x in kinds.items()},
         "rows": rows,
     }
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    head = [
-        f"# Low-bit caches: {args.model}, {report['dtype']}",
-        "",
-        f"`python benchmarks/cache_bits.py`: {report['tokens']:,} tokens in "
-        f"{report['documents']} documents of {args.text.name}, context {report['context']}; "
-        f"{report['device']}; PyTorch {report['torch']}. A full-precision cache holds {full:,} "
-        "bytes a token; each row differs from it in the cache alone, and the interval is that of "
-        "the paired bootstrap over passages.",
-        "",
-        f'"Planted outliers": the same function, but {2 * args.outlier_pairs} of the '
-        f"dimensions of every key head are {args.outlier_factor:g} times as large and those of the "
-        "queries as much smaller. The model is one that nobody trained; it stands for the keys of "
-        "large models, which have such dimensions.",
-        "",
-    ]
-    args.out.with_suffix(".md").write_text("\n".join(head + table(rows)) + "\n")
+    args.out.with_suffix(".md").write_text("\n".join(markdown(report)) + "\n")
 
 
 if __name__ == "__main__":
