@@ -1,6 +1,7 @@
 """Speed of native attention: cache bytes read a second in generation, FLOP/s in prefill.
 
     python benchmarks/native_attention.py [--heads 9 --kv-heads 3 --dim 64] [--dtype bfloat16]
+    python benchmarks/native_attention.py --only formats        # low-bit caches beside dense ones
 
 Prefill stands beside PyTorch's scaled_dot_product_attention, generation beside the machine's
 read bandwidth and beside SDPA with the query heads that share a kv head made rows. Figures are
@@ -14,14 +15,17 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skimp.cache.spec import vector_bytes
 from skimp.kernels.native import structs
 from skimp.kernels.native.library import describe, library
+
+FORMATS_BYTES = 256 << 20  # of dense keys and values, read in turn
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Shape:
     dim: int
     page: int
     dtype: torch.dtype
+    format: str | None = None  # of a low-bit cache
+
+    @property
+    def vector_bytes(self) -> int:
+        if self.format is None:
+            return self.dim * self.dtype.itemsize
+        return vector_bytes(self.dim, self.format)
 
 
 class Case:
@@ -40,10 +51,14 @@ class Case:
         self.shape, self.batch, self.context, self.rows = shape, batch, context, rows
         kv, dim = shape.kv_heads, shape.dim
         pages = -(-context // shape.page)
-        page_bytes = 2 * kv * shape.page * dim * shape.dtype.itemsize
-        numbers = torch.randn(batch * pages * page_bytes // shape.dtype.itemsize + 64)
-        numbers = numbers.to(shape.dtype)
-        skip = -numbers.data_ptr() % 64 // shape.dtype.itemsize
+        page_bytes = -(-2 * kv * shape.page * shape.vector_bytes // 64) * 64
+        count = batch * pages * page_bytes
+        if shape.format is None:
+            numbers = torch.randn(1 << 16).to(shape.dtype)
+            numbers = numbers.repeat(count // shape.dtype.itemsize // (1 << 16) + 2)
+        else:  # codes, and scales of about 0.05, whatever stands for what
+            numbers = torch.full((count + 64,), 0x3D, dtype=torch.uint8)
+        skip = -numbers.data_ptr() % 64 // numbers.element_size()
         self.arena = numbers[skip:]
         order = torch.randperm(batch * pages).int() * (page_bytes // 64)
         self.table = order.view(batch, pages).contiguous()
@@ -55,15 +70,16 @@ class Case:
         self.out = torch.zeros(batch * rows, shape.heads * dim, dtype=shape.dtype)
         self.op = op = structs.AttendOp()
         op.head = structs.OpHeader(structs.ATTEND, structs.DTYPES[shape.dtype])
-        arrays = (self.positions, self.seqs, self.ends, self.table)
-        op.meta = structs.RowMeta(
-            *(x.data_ptr() for x in arrays), self.table.stride(0), self.arena.data_ptr()
+        arrays = (self.positions, self.seqs, self.ends, self.arena)
+        op.meta = structs.RowMeta(*(x.data_ptr() for x in arrays))
+        kind = structs.CACHE_FORMATS[shape.format]
+        op.cache = structs.CachePages(
+            self.table.data_ptr(), self.table.stride(0), 0, kind, shape.page
         )
         op.q, op.q_stride = self.q.data_ptr(), self.q.stride(0)
         op.out, op.out_stride = self.out.data_ptr(), self.out.stride(0)
         op.scale = dim**-0.5
         op.num_heads, op.num_kv_heads, op.head_dim = shape.heads, kv, dim
-        op.page_tokens = shape.page
         self.program = (ctypes.c_void_p * 1)(ctypes.addressof(op))
 
     def native(self, threads: int) -> None:
@@ -88,7 +104,7 @@ class Case:
     @property
     def cache_bytes(self) -> int:
         shape = self.shape
-        return 2 * self.batch * self.context * shape.kv_heads * shape.dim * shape.dtype.itemsize
+        return 2 * self.batch * self.context * shape.kv_heads * shape.vector_bytes
 
     @property
     def flop(self) -> float:
@@ -123,6 +139,24 @@ def line(label: str, work: float, unit: str, times: list[float]) -> str:
     )
 
 
+def compare_formats(shape: Shape, threads: int, rounds: int) -> None:
+    """One token of all layers of a model: as many as do not fit any processor's cache."""
+    for batch, context in ((1, 1024), (1, 8192), (1, 65536), (16, 4096)):
+        layers = max(1, FORMATS_BYTES // Case(shape, batch, context, 1).cache_bytes)
+        calls, sizes = {}, {}
+        for format in (None, "int8", "fp8", "int4"):
+            cases = [Case(replace(shape, format=format), batch, context, 1) for _ in range(layers)]
+            name = format or str(shape.dtype).removeprefix("torch.")
+            sizes[name] = sum(case.cache_bytes for case in cases)
+            calls[name] = lambda cases=cases: [case.native(threads) for case in cases]
+        times = seconds(calls, rounds)
+        dense = statistics.median(next(iter(times.values())))
+        for name, found in times.items():
+            gain = dense / statistics.median(found)
+            label = f"{name:9} {batch:3} x {context:5}, {layers:3} layers"
+            print(f"{line(label, sizes[name], 'GB/s', found)}  x{gain:.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--heads", type=int, default=9)
@@ -131,13 +165,15 @@ def main() -> None:
     parser.add_argument("--page", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=["generation", "prefill"])
+    parser.add_argument("--only", choices=["generation", "prefill", "formats"])
     args = parser.parse_args()
     shape = Shape(args.heads, args.kv_heads, args.dim, args.page, getattr(torch, args.dtype))
     threads = library().get_threads()
     torch.set_num_threads(threads)
     print(f"{shape}; native: {describe()}; PyTorch {torch.__version__}, {threads} threads")
-    if args.only != "prefill":
+    if args.only == "formats":
+        compare_formats(shape, threads, args.rounds)
+    if args.only in (None, "generation"):
         block = torch.ones(64 << 20, dtype=torch.int64)
         times = seconds({"read": lambda: block.sum()}, args.rounds)["read"]
         print(line("reading 512 MiB", 8.0 * block.numel(), "GB/s", times))
@@ -151,7 +187,7 @@ def main() -> None:
                 for name, times in seconds(contestants, args.rounds).items():
                     label = f"{name:6} generation {batch:3} x {context}"
                     print(line(label, case.cache_bytes, "GB/s", times))
-    if args.only != "generation":
+    if args.only in (None, "prefill"):
         for context, rows in ((128, 128), (512, 512), (2048, 2048), (2048, 512)):
             case = Case(shape, 1, context, rows)
             contestants = {"native": lambda case=case: case.native(threads)}

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from skimp.cli.price import split_entry
+from skimp.engine import Engine
+from skimp.kernels import native
 
 ROW = {
     "name", "disk_bytes", "weight_bytes_per_token", "cache_bytes_per_token", "bits_per_byte",
@@ -162,6 +164,31 @@ def test_a_text_unlike_the_calibration_is_warned_of(
         "price", model_dir, tmp_path / "out", "--text", other, *fast
     )
     assert "unlike" not in run("eval", model_dir, "--text", other)
+
+
+def test_a_checkpoint_that_asks_for_a_low_bit_cache(
+    skimp, model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    """From the recipe to the table: the engine's ``auto`` follows what the shrunk config says."""
+    recipe, out = tmp_path / "cache.yaml", tmp_path / "out"
+    recipe.write_text("- cache: {format: int8}\n")
+    done = skimp("shrink", model_dir, recipe, "-o", out, "--quiet")
+    assert done.exit_code == 0, done.output
+    engine = Engine.load(out)
+    assert engine.backend_name == ("native" if native.available() else "plain")
+    assert engine.cache.layout.groups[0].spec.format == "int8"
+    done = skimp(
+        "price", model_dir, out, f"{model_dir}@cache_dtype=int8", f"{out}@cache_dtype=float32",
+        "--text", text, "--context", "16", "--new-tokens", 4, "--rounds", 1, "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    asked, chosen, undone = found["rows"]
+    # Two layers of two heads of 8 float32 numbers, twice; or of 8 bytes and a scale of two.
+    assert found["base"]["cache_bytes_per_token"] == undone["cache_bytes_per_token"] == 256
+    assert asked["cache_bytes_per_token"] == chosen["cache_bytes_per_token"] == 80
+    assert asked["kl"] == pytest.approx(chosen["kl"], rel=1e-6)
+    assert 0 < asked["kl"] < 0.01 and undone["kl"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize(

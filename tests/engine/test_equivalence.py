@@ -32,16 +32,16 @@ def build(options: EngineOptions, **kwargs: object) -> Engine:
     return Engine(tiny_decoder(), None, options, **kwargs)  # type: ignore[arg-type]
 
 
-def quarter_cache(requests: Requests) -> int:
+def quarter_cache(requests: Requests, options: EngineOptions = BASE) -> int:
     """A quarter of the bytes that the 32 longest requests need together, and room for one."""
-    engine = build(BASE)
+    engine = build(options)
     lengths = sorted((len(p) + (s.max_tokens or 0) for p, s in requests), reverse=True)
     need = sum(engine.cache.layout.bytes_needed(length) for length in lengths[:32])
     return max(need // 4, 2 * engine.cache.layout.bytes_needed(lengths[0]))
 
 
-def check_all_ways(requests: Requests, backend: str) -> None:
-    base = dataclasses.replace(BASE, backend=backend)  # type: ignore[arg-type]
+def check_all_ways(requests: Requests, backend: str, **fields: object) -> None:
+    base = dataclasses.replace(BASE, backend=backend, **fields)  # type: ignore[arg-type]
     expected = serve(build(base), requests, together=False)
     ways = {
         "batched": base,
@@ -51,7 +51,7 @@ def check_all_ways(requests: Requests, backend: str) -> None:
     }
     for name, options in ways.items():
         assert serve(build(options), requests) == expected, name
-    tight = dataclasses.replace(base, cache_bytes=quarter_cache(requests))
+    tight = dataclasses.replace(base, cache_bytes=quarter_cache(requests, base))
     engine = build(tight)
     assert serve(engine, requests) == expected, "a quarter of the cache"
     assert engine.scheduler.preemptions > 0, "the tight cache did not preempt"
@@ -63,6 +63,46 @@ def check_all_ways(requests: Requests, backend: str) -> None:
 
 def test_native_all_ways() -> None:
     check_all_ways(random_requests(60, seed=1), "native")
+
+
+LOW_BIT_CACHES = [
+    {"cache_dtype": "int8"},
+    {"cache_dtype": "int8", "cache_recent": 40},
+    {"cache_dtype": "fp8"},
+    {"cache_dtype": "int4", "cache_recent": 20},
+    {"cache_dtype": "int4", "cache_recent": 0, "cache_hadamard": False},
+]
+
+
+@pytest.mark.parametrize("cache", LOW_BIT_CACHES, ids=lambda c: "-".join(map(str, c.values())))
+def test_low_bit_caches_all_ways(cache: dict[str, object]) -> None:
+    """What is stored is rounded, yet once and for all: whoever reads it finds the same."""
+    check_all_ways(random_requests(60, seed=1), "native", **cache)
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8", "int4"])
+def test_plain_low_bit_caches_in_chunks(cache_dtype: str) -> None:
+    requests = random_requests(6, seed=3, max_prompt=40)
+    cache = {"cache_dtype": cache_dtype, "cache_recent": 8}
+    base = dataclasses.replace(BASE, backend="plain", **cache)  # type: ignore[arg-type]
+    expected = serve(build(base), requests, together=False)
+    chunks = dataclasses.replace(base, token_budget=7, prefix_cache=True)
+    assert serve(build(chunks), requests) == expected
+
+
+@pytest.mark.parametrize("cache", LOW_BIT_CACHES, ids=lambda c: "-".join(map(str, c.values())))
+def test_low_bit_caches_beside_bfloat16(cache: dict[str, object]) -> None:
+    requests = random_requests(12, seed=9, max_prompt=200)
+
+    def served(**fields: object) -> list[list[list[int]]]:
+        options = dataclasses.replace(BASE, **cache, **fields)  # type: ignore[arg-type]
+        engine = Engine(tiny_decoder(dtype="bfloat16"), None, options)
+        return serve(engine, requests, together="token_budget" in fields)
+
+    expected = served()
+    for budget in (512, 64, 7):
+        found = served(token_budget=budget, prefix_cache=budget == 64, threads=1 + budget % 3)
+        assert found == expected, budget
 
 
 @pytest.mark.parametrize("threads", [1, 2])

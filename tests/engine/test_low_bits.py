@@ -78,33 +78,53 @@ def test_neighbours_and_threads_change_nothing(form: WeightFormat) -> None:
     assert run(1, 1) == run(6, 2)
 
 
-@pytest.mark.parametrize("cache_dtype", ["int8", "fp8", "int4"])
-def test_low_bit_caches(cache_dtype: str) -> None:
-    def engine(**options) -> Engine:
-        decoder = tiny_decoder(tiny_spec((None, 24)), seed=1)
-        defaults = {"backend": "plain", "max_context": 256}
-        return Engine(decoder, None, EngineOptions(**defaults | options))
+def engine_with(backend: str = "native", **options) -> Engine:
+    decoder = tiny_decoder(tiny_spec((None, 24)), seed=1)
+    return Engine(decoder, None, EngineOptions(backend=backend, max_context=256, **options))
 
-    full = logits(engine())
-    low = logits(engine(cache_dtype=cache_dtype, cache_recent=0))
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8", "int4"])
+def test_low_bit_caches_lose_little(cache_dtype: str, backend: str) -> None:
+    full = logits(engine_with(backend))
+    low = logits(engine_with(backend, cache_dtype=cache_dtype, cache_recent=0))
     distance = (low - full).norm() / full.norm()
     assert 0 < distance < {"int8": 0.03, "fp8": 0.1, "int4": 0.4}[cache_dtype]
-    kept = logits(engine(cache_dtype=cache_dtype, cache_recent=256))
+    kept = logits(engine_with(backend, cache_dtype=cache_dtype, cache_recent=256))
     assert (kept - full).norm() / full.norm() < 1e-5
-    # The same budget holds more tokens, by as much as a token's bytes shrink.
-    pages = []
-    for options in ({}, {"cache_dtype": cache_dtype, "cache_recent": 0}):
-        made = engine(cache_bytes=1 << 20, **options)
-        pages.append(sum(made.work.cache_bytes(n) for n in (100,)))
-    assert pages[1] < pages[0] / 2
-    # Chunks, batches and prefixes read what was stored, so they change nothing.
-    params = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
-    prompts = [IDS[:n] for n in (5, 30, 66)]
-    found = [
-        [out.outputs[0].token_ids for out in made.generate(prompts, params)]
-        for made in (
-            engine(cache_dtype=cache_dtype, max_batch=1),
-            engine(cache_dtype=cache_dtype, max_batch=3, token_budget=7, prefix_cache=False),
-        )
-    ]
-    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "best"])
+@pytest.mark.parametrize("turned", [False, True], ids=["as is", "turned"])
+@pytest.mark.parametrize("recent", [0, 20])
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8", "int4"])
+def test_native_caches_are_plain(cache_dtype: str, recent: int, turned: bool, isa: str) -> None:
+    best = library().best_isa()
+    order = ["scalar", "avx2", "avx512"]
+    if isa != "best" and best in order and order.index(isa) > order.index(best):
+        pytest.skip(f"this CPU has no {isa}")
+    options = {"cache_dtype": cache_dtype, "cache_recent": recent, "cache_hadamard": turned}
+    plain = logits(engine_with("plain", **options))
+    with instruction_set(best if isa == "best" else isa):
+        native_logits = logits(engine_with(**options))
+    # A number half way between two codes may fall to either side; fp8's are the farthest apart.
+    worst = {"int8": 2e-3, "fp8": 2e-2, "int4": 2e-2}[cache_dtype]
+    assert (native_logits - plain).norm() / plain.norm() < worst
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8", "int4"])
+def test_a_budget_holds_more_tokens(cache_dtype: str) -> None:
+    """By the factor that the cost model predicts, up to pages of whole chunks."""
+
+    def held(**options) -> tuple[float, int]:
+        engine = engine_with(cache_bytes=1 << 20, prefix_cache=False, **options)
+        seq = engine.cache.open([1] * 100_000)
+        while engine.cache.append(seq, 16):
+            engine.cache.commit(seq, 16, [1] * 16)
+        tokens = seq.length
+        engine.cache.close(seq)
+        return engine.work.cache_bytes(10_000) / 10_000, tokens
+
+    (full_bytes, full), (low_bytes, low) = held(), held(cache_dtype=cache_dtype, cache_recent=0)
+    predicted = full_bytes / low_bytes
+    assert predicted > 3
+    assert low / full == pytest.approx(predicted, rel=0.05)

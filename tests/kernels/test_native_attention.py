@@ -170,13 +170,14 @@ class Past:
             r.first + i + 1 if r.kv_end is None else r.kv_end for r in rows for i in range(r.count)
         ]
         arrays = [torch.tensor(x, dtype=torch.int32) for x in (positions, seqs, ends)]
-        meta = structs.RowMeta(
-            *(x.data_ptr() for x in arrays),
-            self.table.data_ptr(),
-            self.table.stride(0),
-            self.arena.data_ptr(),
-        )
+        meta = structs.RowMeta(*(x.data_ptr() for x in arrays), self.arena.data_ptr())
         return meta, arrays
+
+    def cache(self) -> structs.CachePages:
+        table = self.table
+        return structs.CachePages(
+            table.data_ptr(), table.stride(0), self.offset, 0, self.shape.page
+        )
 
     def attend(self, rows: Sequence[Rows], *, isa: str, threads: int = 1) -> Tensor:
         shape = self.shape
@@ -189,13 +190,13 @@ class Past:
         meta, alive = self.meta(rows)
         op = structs.AttendOp()
         op.head = structs.OpHeader(structs.ATTEND, structs.DTYPES[shape.dtype])
-        op.meta = meta
+        op.meta, op.cache = meta, self.cache()
         op.q, op.q_stride = packed.data_ptr(), stride
         op.out, op.out_stride = out.data_ptr(), stride
         op.sinks = None if self.sinks is None else self.sinks.data_ptr()
-        op.layer_offset, op.scale, op.softcap = self.offset, shape.factor, shape.softcap
+        op.scale, op.softcap = shape.factor, shape.softcap
         op.num_heads, op.num_kv_heads = shape.heads, shape.kv_heads
-        op.head_dim, op.page_tokens, op.window = shape.dim, shape.page, shape.window
+        op.head_dim, op.window = shape.dim, shape.window
         run(op, count, len(self.lengths), isa, threads)
         del alive
         assert out[:, shape.heads * shape.dim :].isnan().all()
@@ -417,14 +418,15 @@ def test_rope_append(
     op = structs.RopeAppendOp()
     op.head = structs.OpHeader(structs.ROPE_APPEND, structs.DTYPES[dtype])
     op.meta, alive = past.meta(rows)
+    op.cache = past.cache()
     op.qkv, op.qkv_stride = qkv.data_ptr(), stride
     if factors is not None:
         op.q_norm, op.k_norm = factors[0].data_ptr(), factors[1].data_ptr()
     if cos is not None and sin is not None:
         op.cos, op.sin = cos.data_ptr(), sin.data_ptr()
-    op.layer_offset, op.norm_eps = past.offset, 1e-6
+    op.norm_eps = 1e-6
     op.num_heads, op.num_kv_heads, op.head_dim = 6, 2, dim
-    op.rotary_dim, op.interleaved, op.page_tokens = rotary, interleaved, 32
+    op.rotary_dim, op.interleaved = rotary, interleaved
     before = past.arena.clone()
     run(op, 28, 2, isa, threads=3)
     del alive
@@ -496,10 +498,9 @@ def append(past: Past, rows: Sequence[Rows], isa: str) -> None:
     op = structs.RopeAppendOp()
     op.head = structs.OpHeader(structs.ROPE_APPEND, structs.DTYPES[shape.dtype])
     op.meta, alive = past.meta(rows)
+    op.cache = past.cache()
     op.qkv, op.qkv_stride = qkv.data_ptr(), qkv.stride(0)
-    op.layer_offset = past.offset
     op.num_heads, op.num_kv_heads, op.head_dim = shape.heads, shape.kv_heads, shape.dim
-    op.page_tokens = shape.page
     run(op, len(qkv), len(past.lengths), isa, threads=3)
     del alive
 
@@ -508,7 +509,8 @@ def test_no_rows() -> None:
     past = Past(Shape(), [5])
     op = structs.AttendOp()
     op.head = structs.OpHeader(structs.ATTEND, 0)
-    op.num_heads, op.num_kv_heads, op.head_dim, op.page_tokens = 6, 2, 64, 16
+    op.num_heads, op.num_kv_heads, op.head_dim = 6, 2, 64
+    op.cache = past.cache()
     run(op, 0, len(past.lengths), ISAS[-1], 2)
 
 

@@ -35,6 +35,7 @@ def chat(
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
     backend: opt.Backend = "auto",
+    cache_dtype: opt.CacheDType = "auto",
     max_context: opt.MaxContext = None,
 ) -> None:
     """Talk with a model. /reset starts over, /quit leaves.
@@ -67,6 +68,7 @@ def chat(
         device=device,
         threads=threads,
         backend=backend,
+        cache_dtype=cache_dtype,
         max_context=max_context,
         max_batch=2,
     )

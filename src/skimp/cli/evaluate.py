@@ -51,6 +51,7 @@ def evaluate(
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
     backend: opt.Backend = "auto",
+    cache_dtype: opt.CacheDType = "auto",
     json_output: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
@@ -96,6 +97,7 @@ def evaluate(
         threads=threads,
         backend=backend,
         max_batch=asking.BATCH if task else 2,
+        cache_dtype=cache_dtype,
     )
     content = read_text(text) if text is not None or not task else None
     engine = load_engine(model, options)

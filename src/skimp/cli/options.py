@@ -20,6 +20,14 @@ Threads = Annotated[
     int | None, typer.Option(help="CPU threads; all by default.", metavar="N", show_default=False)
 ]
 Backend = Annotated[str, typer.Option(help="auto, native or plain kernels.", metavar="NAME")]
+CacheDType = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's), bfloat16, float32, fp8, int8 or int4: what the cache "
+        "rounds to.",
+        metavar="NAME",
+    ),
+]
 MaxContext = Annotated[
     str | None,
     typer.Option(

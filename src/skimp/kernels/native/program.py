@@ -16,7 +16,7 @@ from skimp.kernels.native.library import library
 from skimp.kernels.native.matrix import PackedMatrix, PackedStack
 from skimp.kernels.native.memory import PanelMemory
 from skimp.kernels.native.workspace import Workspace
-from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
+from skimp.kernels.ops import AttentionParams, LayerCache, PackLayout, StepInputs
 from skimp.model.layers import Linear, RMSNorm
 from skimp.model.spec import Activation
 
@@ -271,17 +271,14 @@ class NativeOps:
         _check_rows(qkv, spec.q_dim + 2 * spec.kv_dim)
         for name in ("positions", "row_seq", "kv_end"):
             _check_ints(getattr(step, name), program.max_rows, name)
-        table = step.block_tables[cache.group]
-        assert table.dtype == torch.int32 and table.stride(1) == 1
         meta = structs.RowMeta(
             positions=step.positions.data_ptr(),
             row_seq=step.row_seq.data_ptr(),
             kv_end=step.kv_end.data_ptr(),
-            block_table=table.data_ptr(),
-            table_stride=table.stride(0),
             arena=step.arena.data_ptr(),
         )
         assert step.arena.data_ptr() % 64 == 0
+        pages, recent = _pages(cache, step), _pages(cache.recent, step)
         q_norm, k_norm = _factor(params.q_norm), _factor(params.k_norm)
         cos, sin = params.rope if params.rope is not None else (None, None)
         if cos is not None and sin is not None:
@@ -289,20 +286,21 @@ class NativeOps:
         rope = structs.RopeAppendOp(
             head=structs.OpHeader(structs.ROPE_APPEND, structs.DTYPES[dtype]),
             meta=meta,
+            cache=pages,
+            recent=recent,
             qkv=qkv.data_ptr(),
             qkv_stride=qkv.stride(0),
             q_norm=_address(q_norm),
             k_norm=_address(k_norm),
             cos=_address(cos),
             sin=_address(sin),
-            layer_offset=cache.offset,
             norm_eps=params.q_norm.eps if params.q_norm is not None else params.norm_eps,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
             rotary_dim=0 if cos is None else 2 * cos.shape[1],
             interleaved=spec.rope is not None and spec.rope.interleaved,
-            page_tokens=cache.page_tokens,
+            hadamard=cache.spec.hadamard,
         )
         program.append(rope, step, q_norm, k_norm, cos, sin, *program.external(qkv))
         out = program.workspace.empty(program.max_rows, spec.q_dim, dtype)
@@ -310,22 +308,38 @@ class NativeOps:
         attend = structs.AttendOp(
             head=structs.OpHeader(structs.ATTEND, structs.DTYPES[dtype]),
             meta=meta,
+            cache=pages,
+            recent=recent,
             q=qkv.data_ptr(),
             q_stride=qkv.stride(0),
             out=out.data_ptr(),
             out_stride=out.stride(0),
             sinks=_address(sinks),
-            layer_offset=cache.offset,
             scale=spec.scale,
             softcap=spec.softcap or 0.0,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
-            page_tokens=cache.page_tokens,
             window=spec.window or 0,
+            recent_tokens=0 if cache.recent is None else cache.recent.spec.horizon,
+            hadamard=cache.spec.hadamard,
         )
         program.append(attend, sinks)
         return out
+
+
+def _pages(cache: LayerCache | None, step: StepInputs) -> structs.CachePages:
+    if cache is None:
+        return structs.CachePages()
+    table = step.block_tables[cache.group]
+    assert table.dtype == torch.int32 and table.stride(1) == 1
+    return structs.CachePages(
+        block_table=table.data_ptr(),
+        table_stride=table.stride(0),
+        layer_offset=cache.offset,
+        format=structs.CACHE_FORMATS[cache.spec.format],
+        page_tokens=cache.page_tokens,
+    )
 
 
 def _factor(norm: RMSNorm | None) -> Tensor | None:

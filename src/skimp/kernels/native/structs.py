@@ -18,6 +18,7 @@ INT4, INT8, FP8 = 1, 2, 3  # kinds of low-bit panels; 0: dense
 DTYPES = {torch.float32: F32, torch.bfloat16: BF16}
 SOURCE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LOW_KINDS = {("int", 4): INT4, ("int", 8): INT8, ("float", 8): FP8}
+CACHE_FORMATS = {None: 0, "int8": 1, "fp8": 2, "int4": 3}
 ROUNDINGS = {None: 0, "int8": 1, "fp8": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
@@ -32,9 +33,15 @@ class OpHeader(ctypes.Structure):
 
 class RowMeta(ctypes.Structure):
     _fields_ = _fields(
-        (c_void_p, "positions row_seq kv_end block_table"),
-        (c_int64, "table_stride"),
-        (c_void_p, "arena"),
+        (c_void_p, "positions row_seq kv_end arena"),
+    )
+
+
+class CachePages(ctypes.Structure):
+    _fields_ = _fields(
+        (c_void_p, "block_table"),
+        (c_int64, "table_stride layer_offset"),
+        (c_int32, "format page_tokens"),
     )
 
 
@@ -81,12 +88,12 @@ class RopeAppendOp(ctypes.Structure):
     _fields_ = _fields(
         (OpHeader, "head"),
         (RowMeta, "meta"),
+        (CachePages, "cache recent"),
         (c_void_p, "qkv"),
         (c_int64, "qkv_stride"),
         (c_void_p, "q_norm k_norm cos sin"),
-        (c_int64, "layer_offset"),
         (c_float, "norm_eps"),
-        (c_int32, "num_heads num_kv_heads head_dim rotary_dim interleaved page_tokens"),
+        (c_int32, "num_heads num_kv_heads head_dim rotary_dim interleaved hadamard"),
     )
 
 
@@ -94,14 +101,14 @@ class AttendOp(ctypes.Structure):
     _fields_ = _fields(
         (OpHeader, "head"),
         (RowMeta, "meta"),
+        (CachePages, "cache recent"),
         (c_void_p, "q"),
         (c_int64, "q_stride"),
         (c_void_p, "out"),
         (c_int64, "out_stride"),
         (c_void_p, "sinks"),
-        (c_int64, "layer_offset"),
         (c_float, "scale softcap"),
-        (c_int32, "num_heads num_kv_heads head_dim page_tokens window"),
+        (c_int32, "num_heads num_kv_heads head_dim window recent_tokens hadamard"),
     )
 
 

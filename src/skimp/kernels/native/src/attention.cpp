@@ -2,8 +2,6 @@
 // in attention_*.cpp. Few rows (generation) stream keys and values once for all query heads that
 // share them; many rows (prefill) read a span of them once for a tile of rows. Both call the same
 // kernels in the same order for a row, so they give the same bits.
-#include "attention.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -11,6 +9,8 @@
 #include <memory>
 #include <vector>
 
+#include "attention_plan.h"
+#include "cache_codes.h"
 #include "cpu.h"
 
 namespace skimp {
@@ -32,77 +32,6 @@ const AttentionKernels& kernels_for(DType dtype) {
   return attention_scalar();
 }
 
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-// Adjacent rows of one sequence that are computed together, for one kv head at a time.
-struct Tile {
-  int first, tokens;
-  int lo, hi;  // keys that any of them sees
-
-  int first_span() const { return lo / kSpan; }
-  int end_span() const { return hi > lo ? (hi + kSpan - 1) / kSpan : first_span(); }
-  // Keys of the tile that lie in a span.
-  int span_lo(int span) const { return std::max(lo, span * kSpan); }
-  int span_hi(int span) const { return std::min(hi, (span + 1) * kSpan); }
-};
-
-// Spans of a tile that one thread reads for adjacent kv heads.
-struct Piece {
-  Tile tile;
-  int head, heads;
-  int first_span, end_span;
-  float* part;  // in shared memory, or null: the piece is a whole item
-};
-
-// The block of 16 keys or values to be prefetched next.
-struct Ahead {
-  size_t piece = 0;
-  int span = 0, key = 0, head = 0;
-  bool values = false;
-};
-
-// Kept from op to op, so that a step allocates nothing.
-std::vector<Piece>& own_pieces() {
-  thread_local std::vector<Piece> pieces;
-  return pieces;
-}
-
-// A thread's working memory, carved from one block.
-struct Workspace {
-  char *queries, *keys, *values;
-  uint16_t* probs;
-  float *scores, *part, *acc, *max, *sum;
-  int *lo, *hi;
-
-  size_t layout(char* base, int rows, int padded, int operand_bytes) {
-    size_t used = 0;
-    const auto take = [&](size_t bytes) {
-      char* p = base + used;
-      used += (bytes + 63) / 64 * 64;
-      return p;
-    };
-    const auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(4 * n)); };
-    const size_t row = size_t{4} * padded;
-    queries = take(rows * row);
-    scores = floats(kTile * kScoreStride);
-    probs = reinterpret_cast<uint16_t*>(take(2 * kTile * kProbStride));
-    part = floats(kTile * padded);
-    acc = floats(size_t(rows) * padded);
-    max = floats(rows);
-    sum = floats(rows);
-    lo = reinterpret_cast<int*>(take(4 * rows));
-    hi = reinterpret_cast<int*>(take(4 * rows));
-    keys = take(size_t(kSpan) * padded * operand_bytes);
-    values = take(size_t(kSpan) * padded * operand_bytes);
-    return used;
-  }
-};
-
 class Attention {
  public:
   Attention(const AttendOp& op, const StepInfo& step, const Team& team)
@@ -113,8 +42,7 @@ class Attention {
         dim_(op.head_dim),
         padded_((op.head_dim + kernels_.align - 1) / kernels_.align * kernels_.align),
         group_(op.num_heads / op.num_kv_heads),
-        element_(op.head.dtype == F32 ? 4 : 2),
-        as_stored_(dim_ == padded_ && element_ == kernels_.operand_bytes),
+        memories_{memory(op.cache), memory(op.recent)},
         pieces_(own_pieces()) {
     const float scale = std::fabs(op.scale);
     scale_ = op.softcap > 0.0f
@@ -136,23 +64,25 @@ class Attention {
     const bool split = team_.size > 1 && heads < wanted;
     band_ = split ? 1 : static_cast<int>(std::clamp<int64_t>(heads / wanted, 1, kTile));
     total_ = 0;
-    for_each_item([&](const Tile& tile, int, int, int64_t, int64_t price) { total_ += price; });
+    for_each_item([&](const Tile&, int, int, int64_t, int64_t price) { total_ += price; });
 
     const int rows = (std::min(tile_tokens_, step_.rows) * group_ + kTile - 1) / kTile * kTile;
-    const size_t bytes = work_.layout(nullptr, rows, padded_, kernels_.operand_bytes);
+    const size_t bytes = work_.layout(nullptr, rows, band_, padded_, kernels_.operand_bytes);
     std::unique_ptr<void, decltype(&std::free)> own(nullptr, &std::free);
     char* base = static_cast<char*>(team_.scratch);
     if (bytes > team_.scratch_bytes) {
       own.reset(std::aligned_alloc(64, bytes));
       base = static_cast<char*>(own.get());
     }
-    work_.layout(base, rows, padded_, kernels_.operand_bytes);
+    work_.layout(base, rows, band_, padded_, kernels_.operand_bytes);
 
     pieces_.clear();
     const int64_t used = split ? collect_spans() : collect_items();
-    ahead_ = {};
+    ahead_.piece = 0;
+    ahead_.head = 0;
+    ahead_.values = false;
     settle();
-    const int64_t block = int64_t{kPanel} * dim_ * element_;
+    const int64_t block = kPanel * memories_[0].pages.vector;
     for (int64_t i = 0; i < std::max<int64_t>(2, kAheadBytes / block); ++i) prefetch();
     for (const Piece& piece : pieces_) run_piece(piece);
     if (used > 0) {
@@ -166,8 +96,14 @@ class Attention {
   }
 
  private:
-  int64_t cost(const Tile& tile, int lo, int hi) const {
-    return 1 + int64_t{std::max(0, hi - lo)} * (tile.tokens * group_ + kReadCost);
+  Memory memory(const CachePages& at) const {
+    const Pages pages(at, op_.meta, op_.head.dtype, op_.num_kv_heads, dim_);
+    const bool dense = at.format == CACHE_DENSE;
+    return {pages, dense && pages.vector == int64_t{padded_} * kernels_.operand_bytes};
+  }
+
+  int64_t cost(const Tile& tile, int keys) const {
+    return 1 + int64_t{keys} * (tile.tokens * group_ + kReadCost);
   }
 
   // Contiguous shares of about equal cost: the thread in whose share the middle of the piece is.
@@ -180,21 +116,23 @@ class Attention {
   void for_each_tile(Visit visit) const {
     const RowMeta& meta = op_.meta;
     for (int r = 0; r < step_.rows;) {
-      Tile tile{r, 0, INT32_MAX, 0};
+      Tile tile{r, 0, {}};
       for (; r < step_.rows && tile.tokens < tile_tokens_; ++r, ++tile.tokens) {
         if (meta.row_seq[r] != meta.row_seq[tile.first]) break;
-        const int lo = row_lo(r);
-        if (lo >= meta.kv_end[r]) continue;
-        tile.lo = std::min(tile.lo, lo);
-        tile.hi = std::max(tile.hi, meta.kv_end[r]);
+        for (int m = 0; m < 2; ++m) tile.reach[m].join(row_reach(r, m));
       }
-      if (tile.hi == 0) tile.lo = 0;
       visit(tile);
     }
   }
 
-  int row_lo(int row) const {
-    return op_.window > 0 ? std::max(0, op_.meta.positions[row] - op_.window + 1) : 0;
+  // What a row sees of a memory: the newest tokens in the second, where there is one.
+  Reach row_reach(int row, int memory) const {
+    const RowMeta& meta = op_.meta;
+    const int position = meta.positions[row], end = meta.kv_end[row];
+    const int lo = op_.window > 0 ? std::max(0, position - op_.window + 1) : 0;
+    if (!op_.recent.block_table) return memory ? Reach{} : Reach{lo, end};
+    const int edge = std::max(lo, position - op_.recent_tokens + 1);
+    return memory ? Reach{edge, end} : Reach{lo, std::min(edge, end)};
   }
 
   // Calls visit(tile, first kv head, number of kv heads, cost before it, its cost).
@@ -203,7 +141,9 @@ class Attention {
     int64_t before = 0;
     for_each_tile([&](const Tile& tile) {
       const int band = std::clamp(kTile / (tile.tokens * group_), 1, band_);
-      const int64_t price = cost(tile, tile.lo, tile.hi);
+      int keys = 0;
+      for (const Reach& seen : tile.reach) keys += std::max(0, seen.hi - seen.lo);
+      const int64_t price = cost(tile, keys);
       for (int head = 0; head < op_.num_kv_heads; head += band) {
         const int heads = std::min(band, op_.num_kv_heads - head);
         visit(tile, head, heads, before, price * heads);
@@ -215,7 +155,7 @@ class Attention {
   int64_t collect_items() {
     for_each_item([&](const Tile& tile, int head, int heads, int64_t before, int64_t price) {
       if (owner(before, price) == team_.tid)
-        pieces_.push_back({tile, head, heads, tile.first_span(), tile.end_span(), nullptr});
+        pieces_.push_back({tile, head, heads, 0, tile.spans(), nullptr});
     });
     return 0;
   }
@@ -227,10 +167,9 @@ class Attention {
     int64_t used = 0;
     const int64_t room = team_.shared ? static_cast<int64_t>(team_.shared_bytes / 4) : 0;
     for_each_item([&](const Tile& tile, int head, int, int64_t before, int64_t price) {
-      const int64_t size = int64_t{tile.end_span() - tile.first_span()} * part_floats(tile);
+      const int64_t size = int64_t{tile.spans()} * part_floats(tile);
       const int first = owner(before, 1), last = owner(before + price - 1, 1);
-      const bool split =
-          first != last && tile.end_span() - tile.first_span() > 1 && used + size <= room;
+      const bool split = first != last && tile.spans() > 1 && used + size <= room;
       visit(tile, head, before, price, split ? used : -1);
       if (split) used += size;
     });
@@ -246,13 +185,14 @@ class Attention {
         [&](const Tile& tile, int head, int64_t before, int64_t price, int64_t at) {
           if (at < 0) {
             if (owner(before, price) == team_.tid)
-              pieces_.push_back({tile, head, 1, tile.first_span(), tile.end_span(), nullptr});
+              pieces_.push_back({tile, head, 1, 0, tile.spans(), nullptr});
             return;
           }
           Piece piece{tile, head, 1, 0, 0, nullptr};
           float* part = static_cast<float*>(team_.shared) + at;
-          for (int span = tile.first_span(); span < tile.end_span(); ++span) {
-            const int64_t share = cost(tile, tile.span_lo(span), tile.span_hi(span));
+          for (int span = 0; span < tile.spans(); ++span) {
+            const Span keys = tile.span(span);
+            const int64_t share = cost(tile, keys.hi - keys.lo);
             if (owner(before, share) == team_.tid) {
               if (!piece.part) piece.part = part, piece.first_span = span;
               piece.end_span = span + 1;
@@ -267,7 +207,7 @@ class Attention {
   void merge_shared(const Tile& tile, int head, const float* part) {
     const int rows = tile.tokens * group_;
     std::fill_n(work_.sum, rows, 0.0f);
-    for (int span = tile.first_span(); span < tile.end_span(); ++span)
+    for (int span = 0; span < tile.spans(); ++span)
       for (int r = 0; r < rows; ++r, part += padded_ + 2)
         kernels_.merge(part + 2, part[0], part[1], padded_, work_.acc + int64_t{r} * padded_,
                        work_.max + r, work_.sum + r);
@@ -277,7 +217,8 @@ class Attention {
   void run_piece(const Piece& piece) {
     start(piece);
     float* part = piece.part;
-    for (int span = piece.first_span; span < piece.end_span; ++span) {
+    for (int number = piece.first_span; number < piece.end_span; ++number) {
+      const Span span = piece.tile.span(number);
       if (piece.tile.tokens * group_ <= kTile)
         stream_span(piece, span, part);
       else
@@ -299,42 +240,75 @@ class Attention {
         const float* q = op_.q + row * op_.q_stride + int64_t{piece.head + h} * group_ * dim_;
         for (int g = 0; g < group_; ++g, q += dim_, to += padded_ * kernels_.operand_bytes)
           kernels_.pack_query(q, op_.scale < 0.0f ? -1.0f : 1.0f, dim_, padded_, to);
-        std::fill_n(work_.lo + h * rows + t * group_, group_, row_lo(row));
-        std::fill_n(work_.hi + h * rows + t * group_, group_, op_.meta.kv_end[row]);
+        for (int m = 0; m < 2; ++m)
+          std::fill_n(work_.reach[m] + h * rows + t * group_, group_, row_reach(row, m));
       }
     }
     std::fill_n(work_.sum, rows * piece.heads, 0.0f);
   }
 
+  void locate(const Tile& tile, const Span& span, Places& places) const {
+    const Memory& memory = memories_[span.memory];
+    const int seq = op_.meta.row_seq[tile.first];
+    for (int key = span.lo / kPanel * kPanel; key < span.hi; key += kPanel) {
+      const int i = (key - span.base) / kPanel;
+      places.blocks[i] = memory.pages.block(seq, 0, key);
+      if (memory.codes()) places.scales[i] = memory.pages.scales(seq, 0, key);
+    }
+  }
+
   // The block of 16 keys or values at `key`.
-  const char* block(const Tile& tile, int head, bool values, int key) const {
-    const RowMeta& meta = op_.meta;
-    const int32_t* table = meta.block_table + meta.row_seq[tile.first] * meta.table_stride;
-    const int page = key / op_.page_tokens, slot = key - page * op_.page_tokens;
-    const int64_t vector = int64_t{dim_} * element_;
+  const char* block(const Places& places, const Span& span, int head, bool values,
+                    int key) const {
+    const Pages& pages = memories_[span.memory].pages;
     const int64_t plane = head + (values ? op_.num_kv_heads : 0);
-    return meta.arena + int64_t{64} * table[page] + op_.layer_offset +
-           (plane * op_.page_tokens + slot) * vector;
+    return places.blocks[(key - span.base) / kPanel] + plane * pages.at.page_tokens * pages.vector;
   }
 
   // Brings keys (or values) [from, to) of a kv head, whole groups, into operand form. A key that
   // no row sees has a score of its own, which is masked, so what lies there does not matter; an
-  // unseen value is multiplied by zero and must therefore be replaced.
-  void read(const Tile& tile, int head, bool values, int from, int to, char* dst) {
+  // unseen value is multiplied by zero and must therefore be a number.
+  void read(const Span& span, int head, bool values, int from, int to, char* dst) {
+    const Memory& memory = memories_[span.memory];
     const int64_t bytes = int64_t{kPanel} * padded_ * kernels_.operand_bytes;
     const DType dtype = static_cast<DType>(op_.head.dtype);
     for (int key = from; key < to; key += kPanel, dst += bytes) {
-      const int lo = std::max(tile.lo - key, 0), hi = std::min(tile.hi - key, kPanel);
+      const int lo = std::max(span.lo - key, 0), hi = std::min(span.hi - key, kPanel);
       if (lo >= hi) {  // there may be no page
         std::memset(dst, 0, bytes);
         continue;
       }
-      const char* source = block(tile, head, values, key);
-      if (values)
+      const char* source = block(places_, span, head, values, key);
+      if (memory.codes())
+        (values ? kernels_.decode_values : kernels_.decode_keys)(
+            reinterpret_cast<const uint8_t*>(source), memory.pages.at.format, dim_, padded_, dst);
+      else if (values)
         kernels_.read_values(source, dtype, dim_, padded_, lo, hi, dst);
       else
         kernels_.read_keys(source, dtype, dim_, padded_, dst);
       prefetch();
+    }
+  }
+
+  // The scales of a span's keys and values, for each head of the piece.
+  void read_scales(const Piece& piece, const Span& span) {
+    const Memory& memory = memories_[span.memory];
+    if (!memory.codes()) return;
+    const int64_t plane = memory.pages.at.page_tokens;
+    for (int h = 0; h < piece.heads; ++h) {
+      for (const bool values : {false, true}) {
+        const int64_t at = plane * (piece.head + h + (values ? op_.num_kv_heads : 0));
+        float* to = (values ? work_.value_scales : work_.key_scales) + h * kSpan;
+        to += span.first_group() - span.base;
+        for (int key = span.first_group(); key < span.end_group(); key += kPanel, to += kPanel) {
+          if (key + kPanel <= span.lo || key >= span.hi) {  // there may be no page
+            std::fill_n(to, kPanel, 0.0f);
+            continue;
+          }
+          const uint16_t* from = places_.scales[(key - span.base) / kPanel] + at;
+          for (int i = 0; i < kPanel; ++i) to[i] = float_of(int32_t{from[i]} << 16);
+        }
+      }
     }
   }
 
@@ -344,21 +318,21 @@ class Attention {
     Ahead& a = ahead_;
     if (a.piece == pieces_.size()) return;
     const Piece& piece = pieces_[a.piece];
-    const char* p = block(piece.tile, piece.head + a.head, a.values, a.key);
-    const int64_t bytes = int64_t{kPanel} * dim_ * element_;
+    const char* p = block(a.places, a.span, piece.head + a.head, a.values, a.key);
+    const int64_t bytes = kPanel * memories_[a.span.memory].pages.vector;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
     if (++a.head < piece.heads) return;
     a.head = 0;
     a.key += kPanel;
-    if (a.key < piece.tile.span_hi(a.span)) return;
-    if (a.values) ++a.span;
-    a.values = !a.values;
-    if (a.span < piece.end_span) {
-      a.key = piece.tile.span_lo(a.span) / kPanel * kPanel;
-    } else {
+    if (a.key < a.span.hi) return;
+    a.key = a.span.lo / kPanel * kPanel;
+    if (a.values && ++a.number < piece.end_span) {
+      enter();
+    } else if (a.values) {
       ++a.piece;
       settle();
     }
+    a.values = !a.values;
   }
 
   // To the beginning of the next piece that reads anything.
@@ -367,40 +341,58 @@ class Attention {
     while (a.piece < pieces_.size() && pieces_[a.piece].first_span >= pieces_[a.piece].end_span)
       ++a.piece;
     if (a.piece == pieces_.size()) return;
-    a.span = pieces_[a.piece].first_span;
-    a.key = pieces_[a.piece].tile.span_lo(a.span) / kPanel * kPanel;
+    a.number = pieces_[a.piece].first_span;
+    enter();
+  }
+
+  // The scales are needed sooner than most of the span, so they are fetched at once.
+  void enter() {
+    Ahead& a = ahead_;
+    const Piece& piece = pieces_[a.piece];
+    a.span = piece.tile.span(a.number);
+    a.key = a.span.lo / kPanel * kPanel;
+    locate(piece.tile, a.span, a.places);
+    const Memory& memory = memories_[a.span.memory];
+    if (!memory.codes()) return;
+    for (int key = a.key; key < a.span.hi; key += kPanel) {
+      const uint16_t* scales = a.places.scales[(key - a.span.base) / kPanel];
+      for (const int plane : {piece.head, piece.head + op_.num_kv_heads})
+        __builtin_prefetch(scales + plane * memory.pages.at.page_tokens, 0, 2);
+    }
   }
 
   // One span for few rows, all heads of the piece in turn: merged into the running sums, or left
   // at `shared`. Keys that have the operands' form are used where they lie;
   // values are copied line by line even so: a group of them spans two pages, and copying one from
   // L2 is faster than loading its tiles from there.
-  void stream_span(const Piece& piece, int span, float* shared) {
+  void stream_span(const Piece& piece, const Span& span, float* shared) {
     const Tile& tile = piece.tile;
-    const int base = span * kSpan, rows = tile.tokens * group_;
+    const int base = span.base, rows = tile.tokens * group_;
     const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
-    const int g0 = tile.span_lo(span) / kGroup * kGroup;
-    const int g1 = (tile.span_hi(span) + kGroup - 1) / kGroup * kGroup;
+    const int g0 = span.first_group(), g1 = span.end_group();
+    const Memory& memory = memories_[span.memory];
+    locate(tile, span, places_);
+    read_scales(piece, span);
     for (int k = g0; k < g1; k += kGroup) {
       for (int h = 0; h < piece.heads; ++h) {
         const char* queries = work_.queries + h * rows * key_bytes;
         float* scores = work_.scores + h * rows * kScoreStride + k - base;
-        if (as_stored_ && tile.lo < k + kPanel && tile.hi > k + kPanel) {
+        if (memory.as_stored && span.lo < k + kPanel && span.hi > k + kPanel) {
           for (int key = k; key < k + kGroup; key += kPanel, scores += kPanel) {
-            kernels_.score(queries, rows, padded_, block(tile, piece.head + h, false, key), 1,
-                           scores);
+            kernels_.score(queries, rows, padded_,
+                           block(places_, span, piece.head + h, false, key), 1, scores);
             prefetch();
           }
           continue;
         }
-        read(tile, piece.head + h, false, k, k + kGroup, work_.keys);
+        read(span, piece.head + h, false, k, k + kGroup, work_.keys);
         kernels_.score(queries, rows, padded_, work_.keys, kGroup / kPanel, scores);
       }
     }
-    softmax(0, rows * piece.heads, base, g0, g1);
+    for (int h = 0; h < piece.heads; ++h) softmax(span, h, h * rows, rows, g0, g1);
     for (int k = g0; k < g1; k += kGroup) {
       for (int h = 0; h < piece.heads; ++h) {
-        read(tile, piece.head + h, true, k, k + kGroup, work_.values);
+        read(span, piece.head + h, true, k, k + kGroup, work_.values);
         kernels_.weigh(work_.scores + h * rows * kScoreStride,
                        work_.probs + h * rows * kProbStride, rows, padded_, work_.values, k - base,
                        kGroup, k > g0, work_.part + h * rows * padded_);
@@ -410,24 +402,21 @@ class Attention {
   }
 
   // The same for one head and many rows, which share what is read.
-  void run_span(const Piece& piece, int span, float* shared) {
+  void run_span(const Piece& piece, const Span& span, float* shared) {
     const Tile& tile = piece.tile;
-    const int base = span * kSpan, rows = tile.tokens * group_;
+    const int base = span.base, rows = tile.tokens * group_;
     const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
-    const int g0 = tile.span_lo(span) / kGroup * kGroup;
-    const int g1 = (tile.span_hi(span) + kGroup - 1) / kGroup * kGroup;
-    read(tile, piece.head, false, g0, g1, work_.keys);
-    read(tile, piece.head, true, g0, g1, work_.values);
+    const int g0 = span.first_group(), g1 = span.end_group();
+    locate(tile, span, places_);
+    read_scales(piece, span);
+    read(span, piece.head, false, g0, g1, work_.keys);
+    read(span, piece.head, true, g0, g1, work_.values);
     for (int first = 0; first < rows; first += kTile) {
       const int count = std::min(kTile, rows - first);
-      int lo = base + kSpan, hi = base;
-      for (int r = first; r < first + count; ++r) {
-        if (work_.lo[r] >= work_.hi[r]) continue;
-        lo = std::min(lo, work_.lo[r]);
-        hi = std::max(hi, work_.hi[r]);
-      }
-      lo = std::max(lo, base) / kGroup * kGroup;
-      hi = (std::min(hi, base + kSpan) + kGroup - 1) / kGroup * kGroup;
+      Reach seen;
+      for (int r = first; r < first + count; ++r) seen.join(work_.reach[span.memory][r]);
+      const int lo = std::max(seen.lo, base) / kGroup * kGroup;
+      const int hi = (std::min(seen.hi, base + kSpan) + kGroup - 1) / kGroup * kGroup;
       if (lo >= hi) {
         if (shared) std::fill_n(shared + first * (padded_ + 2), count * (padded_ + 2), 0.0f);
         continue;
@@ -435,19 +424,28 @@ class Attention {
       kernels_.score(work_.queries + first * key_bytes, count, padded_,
                      work_.keys + (lo - g0) * key_bytes, (hi - lo) / kPanel,
                      work_.scores + lo - base);
-      softmax(first, count, base, lo, hi);
+      softmax(span, 0, first, count, lo, hi);
       kernels_.weigh(work_.scores, work_.probs, count, padded_,
                      work_.values + (lo - g0) * key_bytes, lo - base, hi - lo, false, work_.part);
       keep(first, count, shared);
     }
   }
 
-  void softmax(int first, int count, int base, int g0, int g1) {
+  // Rows [first, first + count), whose scores lie where the tile's first rows of head 0 or, with
+  // several heads, those of `head` do.
+  void softmax(const Span& span, int head, int first, int count, int g0, int g1) {
+    const bool codes = memories_[span.memory].codes();
+    const SpanScales scales = {codes ? work_.key_scales + head * kSpan : nullptr,
+                               codes ? work_.value_scales + head * kSpan : nullptr};
+    const int slot = head * count;
     for (int i = 0; i < count; ++i) {
-      const int lo = std::max(work_.lo[first + i] - base, 0);
-      const int hi = std::min(work_.hi[first + i] - base, kSpan);
-      kernels_.softmax(work_.scores + i * kScoreStride, work_.probs + i * kProbStride, lo, hi,
-                       g0 - base, g1 - base, scale_, part_max_ + i, part_sum_ + i);
+      const Reach& seen = work_.reach[span.memory][first + i];
+      const int lo = std::max(seen.lo - span.base, 0);
+      const int hi = std::min(seen.hi - span.base, kSpan);
+      kernels_.softmax(work_.scores + (slot + i) * kScoreStride,
+                       work_.probs + (slot + i) * kProbStride, lo, hi, g0 - span.base,
+                       g1 - span.base, scale_, scales, part_max_ + slot + i,
+                       part_sum_ + slot + i);
     }
   }
 
@@ -480,13 +478,14 @@ class Attention {
         const float mine = std::exp2(work_.max[r] - top);
         weight = mine / (sum * mine + std::exp2(sink - top));
       }
-      const float* acc = work_.acc + int64_t{r} * padded_;
+      float* acc = work_.acc + int64_t{r} * padded_;
+      for (int d = 0; d < dim_; ++d) acc[d] = sum > 0.0f ? acc[d] * weight : 0.0f;
+      if (op_.hadamard) hadamard(acc, dim_);
       if (op_.head.dtype == F32) {
-        float* out = static_cast<float*>(op_.out) + at;
-        for (int d = 0; d < dim_; ++d) out[d] = sum > 0.0f ? acc[d] * weight : 0.0f;
+        std::memcpy(static_cast<float*>(op_.out) + at, acc, sizeof(float) * dim_);
       } else {
         uint16_t* out = static_cast<uint16_t*>(op_.out) + at;
-        for (int d = 0; d < dim_; ++d) out[d] = sum > 0.0f ? to_bf16(acc[d] * weight) : 0;
+        for (int d = 0; d < dim_; ++d) out[d] = round_bf16(acc[d]);
       }
     }
   }
@@ -495,13 +494,14 @@ class Attention {
   const StepInfo& step_;
   const Team& team_;
   const AttentionKernels& kernels_;
-  const int dim_, padded_, group_, element_;
-  const bool as_stored_;  // the operands' form is the cache's
+  const int dim_, padded_, group_;
+  const Memory memories_[2];  // the second: of the newest tokens, if there is one
   int tile_tokens_, band_ = 1;  // tokens a tile; kv heads a piece, at most
   int64_t total_ = 0;           // cost of the whole op
   SoftmaxScale scale_;
   Workspace work_;
   std::vector<Piece>& pieces_;
+  Places places_;  // of the span that is being read
   Ahead ahead_;
   float part_max_[kTile], part_sum_[kTile];
 };

@@ -5,13 +5,14 @@
 // keys only, never on its neighbours, its tile or its thread, so batching and chunking cannot
 // change a result.
 #pragma once
+#include "cache_pages.h"
 #include "op.h"
 
 namespace skimp {
 
 constexpr int kSpan = 512;                // keys whose softmax is computed together
 constexpr int kGroup = 32;                // keys multiplied at a time
-constexpr int kPanel = 16;                // keys side by side in a panel
+constexpr int kPanel = kBlock;             // keys side by side in a panel
 constexpr int kTile = 16;                 // rows that pass through the kernels together
 constexpr int kScoreStride = kSpan + 16;  // floats; padded so that rows do not share cache sets
 constexpr int kProbStride = kSpan + 32;   // the same for bf16 probabilities
@@ -20,6 +21,11 @@ constexpr int kProbStride = kSpan + 32;   // the same for bf16 probabilities
 struct SoftmaxScale {
   float factor;
   float tanh_factor;  // 0: no softcap; else tanh(score * scale / cap) needs exp2(score * this)
+};
+
+// What the codes of keys and values [0, kSpan) of a span are multiples of; null: they are numbers.
+struct SpanScales {
+  const float *keys, *values;
 };
 
 // Operand forms, for operands of 4 bytes (float32) or 2 (bf16); `padded` is head_dim rounded up
@@ -38,13 +44,17 @@ struct AttentionKernels {
   void (*read_keys)(const void* block, DType dtype, int dim, int padded, void* dst);
   void (*read_values)(const void* block, DType dtype, int dim, int padded, int lo, int hi,
                       void* dst);
+  // The same for blocks of codes: every one, in units of its vector's scale.
+  void (*decode_keys)(const uint8_t* block, int format, int dim, int padded, void* dst);
+  void (*decode_values)(const uint8_t* block, int format, int dim, int padded, void* dst);
   // scores[r][16 * i ..] of consecutive panels
   void (*score)(const void* q, int rows, int padded, const void* panels, int num_panels,
                 float* scores);
   // One row: keys [lo, hi) of the span are visible, probabilities are written for [g0, g1).
-  // Returns the largest exponent and the sum of probabilities.
+  // Returns the largest exponent and the sum of probabilities. Scores of codes are multiplied by
+  // the scales of their keys before, and probabilities by those of their values when summed.
   void (*softmax)(float* scores, void* probs, int lo, int hi, int g0, int g1,
-                  const SoftmaxScale& scale, float* max, float* sum);
+                  const SoftmaxScale& scale, const SpanScales& codes, float* max, float* sum);
   // out[r][padded] (+)= probabilities [key0, key0 + num_keys) times values from key0 on
   void (*weigh)(const float* scores, const void* probs, int rows, int padded, const void* values,
                 int key0, int num_keys, bool accumulate, float* out);
@@ -59,6 +69,10 @@ const AttentionKernels& attention_avx2();
 const AttentionKernels& attention_avx512();      // f, bw, dq, vl
 const AttentionKernels& attention_avx512bf16();  // bf16 operands
 const AttentionKernels& attention_amx();         // bf16 operands
+
+// AttentionKernels::decode_keys and decode_values to bf16 operands, with AVX512-VBMI.
+void decode_keys_vbmi(const uint8_t* block, int format, int dim, int padded, void* dst);
+void decode_values_vbmi(const uint8_t* block, int format, int dim, int padded, void* dst);
 #endif
 
 }  // namespace skimp

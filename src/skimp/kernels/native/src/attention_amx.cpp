@@ -108,7 +108,8 @@ void weigh(const float*, const void* probs, int, int padded, const void* values,
 }  // namespace
 
 const AttentionKernels& attention_amx() {
-  static constexpr AttentionKernels kernels = kernels_bf16(begin, end, score, weigh);
+  // Every CPU with AMX has VBMI.
+  static constexpr AttentionKernels kernels = kernels_bf16<true>(begin, end, score, weigh);
   return kernels;
 }
 

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "cpu.h"
 #include "target.h"
 
 SKIMP_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
@@ -101,8 +102,9 @@ void weigh(const float*, const void* probs, int rows, int padded, const void* va
 }  // namespace
 
 const AttentionKernels& attention_avx512bf16() {
-  static constexpr AttentionKernels kernels = kernels_bf16(no_begin, no_end, score, weigh);
-  return kernels;
+  static constexpr AttentionKernels kernels = kernels_bf16<false>(no_begin, no_end, score, weigh);
+  static constexpr AttentionKernels vbmi = kernels_bf16<true>(no_begin, no_end, score, weigh);
+  return has_vbmi() ? vbmi : kernels;
 }
 
 }  // namespace skimp

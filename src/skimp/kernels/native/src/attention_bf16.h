@@ -1,6 +1,7 @@
 // Reading and softmax for bf16 operands: AVX512-BF16 and AMX use the same forms.
 // Included inside a target that has avx512bf16.
 #include "attention_avx512.h"
+#include "attention_codes_bf16.h"
 
 namespace skimp {
 namespace {
@@ -52,6 +53,7 @@ inline void read_values_bf16(const void* block, DType, int dim, int padded, int 
 }
 
 // What the two products share; `begin` and `end` set the unit of `score` and `weigh` up.
+template <bool VBMI>
 constexpr AttentionKernels kernels_bf16(decltype(AttentionKernels::begin) begin,
                                         decltype(AttentionKernels::end) end,
                                         decltype(AttentionKernels::score) score,
@@ -63,6 +65,8 @@ constexpr AttentionKernels kernels_bf16(decltype(AttentionKernels::begin) begin,
           pack_query_bf16,
           read_keys_bf16,
           read_values_bf16,
+          VBMI ? decode_keys_vbmi : decode_keys_bf16,
+          VBMI ? decode_values_vbmi : decode_values_bf16,
           score,
           softmax_row<Avx512Bf16, StoreBF16, 4>,
           weigh,

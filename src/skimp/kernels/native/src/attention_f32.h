@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "attention_codes.h"
 
 namespace skimp {
 namespace {
@@ -54,9 +55,10 @@ struct StoreBF16 {
   }
 };
 
-template <class V, class Store, int Terms>
-void softmax_row(float* s, void* probs, int lo, int hi, int g0, int g1, const SoftmaxScale& scale,
-                 float* max, float* sum) {
+template <class V, class Store, int Terms, bool Codes>
+inline void softmax_of(float* s, void* probs, int lo, int hi, int g0, int g1,
+                       const SoftmaxScale& scale, const SpanScales& codes, float* max,
+                       float* sum) {
   constexpr int W = V::W;
   const auto zero = V::set(0.0f);
   if (lo >= hi) {
@@ -66,6 +68,9 @@ void softmax_row(float* s, void* probs, int lo, int hi, int g0, int g1, const So
     return;
   }
   const int v0 = lo / W * W, v1 = (hi + W - 1) / W * W;
+  if constexpr (Codes)
+    for (int j = v0; j < v1; j += W)
+      V::store(s + j, V::mul(V::load(s + j), V::load(codes.keys + j)));
   if (scale.tanh_factor != 0.0f) {
     const auto c = V::set(scale.tanh_factor), one = V::set(1.0f), two = V::set(2.0f);
     for (int j = v0; j < v1; j += W) {
@@ -86,12 +91,26 @@ void softmax_row(float* s, void* probs, int lo, int hi, int g0, int g1, const So
   for (int j = g0; j < v0; j += W) Store::template put<V>(s, probs, j, zero);
   for (int j = v0; j < v1; j += W) {
     auto p = exp2_poly<V, Terms>(V::fma(V::load(s + j), factor, shift));
-    if (j < lo || j + W > hi) p = V::keep(p, lo - j, hi - j, zero);
+    const bool part = j < lo || j + W > hi;
+    if (part) p = V::keep(p, lo - j, hi - j, zero);
     total = V::add(total, p);
+    if constexpr (Codes) {
+      p = V::mul(p, V::load(codes.values + j));
+      if (part) p = V::keep(p, lo - j, hi - j, zero);
+    }
     Store::template put<V>(s, probs, j, p);
   }
   for (int j = v1; j < g1; j += W) Store::template put<V>(s, probs, j, zero);
   *sum = V::reduce_add(total);
+}
+
+template <class V, class Store, int Terms>
+void softmax_row(float* s, void* probs, int lo, int hi, int g0, int g1, const SoftmaxScale& scale,
+                 const SpanScales& codes, float* max, float* sum) {
+  if (codes.keys)
+    softmax_of<V, Store, Terms, true>(s, probs, lo, hi, g0, g1, scale, codes, max, sum);
+  else
+    softmax_of<V, Store, Terms, false>(s, probs, lo, hi, g0, g1, scale, codes, max, sum);
 }
 
 template <class V>
@@ -127,13 +146,13 @@ inline void pack_query_f32(const float* q, float sign, int dim, int padded, void
 }
 
 // Widening a pair is a shift and a mask; plain loops, which compilers vectorize.
-inline void widen_pairs(const char* pairs, int count, float* even, float* odd) {
+inline void widen_pairs(const char* __restrict pairs, int count, float* __restrict even,
+                        float* __restrict odd) {
   for (int i = 0; i < count; ++i) {
     uint32_t both;
     std::memcpy(&both, pairs + 4 * i, 4);
-    const uint32_t bits[2] = {both << 16, both & 0xffff0000u};
-    std::memcpy(even + i, bits, 4);
-    std::memcpy(odd + i, bits + 1, 4);
+    even[i] = __builtin_bit_cast(float, both << 16);
+    odd[i] = __builtin_bit_cast(float, both & 0xffff0000u);
   }
 }
 
@@ -294,6 +313,8 @@ constexpr AttentionKernels KERNELS_F32{4,
                                        pack_query_f32,
                                        read_keys_f32,
                                        read_values_f32,
+                                       decode_keys_f32,
+                                       decode_values_f32,
                                        score_f32<V>,
                                        softmax_row<V, StoreF32, 5>,
                                        weigh_f32<V>,

@@ -158,47 +158,66 @@ struct RowMeta {
   const int32_t* positions;  // [rows] absolute position of each query token
   const int32_t* row_seq;    // [rows] which block-table row it uses
   const int32_t* kv_end;     // [rows] it sees keys with position < kv_end (position + 1 if causal)
-  const int32_t* block_table;  // [num_seqs, table_stride] page address in 64-byte units
-  int64_t table_stride;
-  char* arena;                 // base of the cache arena, 64-byte aligned
+  char* arena;               // base of the cache arena, 64-byte aligned
 };
 
-// After QK-norm and RoPE, keys and values of each row go to page
+// How numbers are stored: in the op's dtype, or as the codes of cache/formats.py.
+enum CacheFormat : int32_t { CACHE_DENSE = 0, CACHE_INT8 = 1, CACHE_FP8 = 2, CACHE_INT4 = 3 };
+
+// One memory of a layer's keys and values. Those of a position lie in the page at
 //   arena + 64 * block_table[row_seq][position / page_tokens] + layer_offset
 // where keys are [kv_heads, page_tokens / 16] blocks of 16 tokens and values follow likewise.
-// page_tokens is a multiple of 16. Blocks hold no padding and lie in the products' operand form,
-// so that attention transposes and interleaves nothing:
+// Blocks hold no padding. Dense ones lie in the products' operand form, so that attention
+// transposes and interleaves nothing:
 //   keys    F32  [head_dim][16]         values  F32  [16][head_dim]
 //           BF16 [head_dim / 2][16][2]          BF16 [8][head_dim][2], pairs of tokens
 //           and for an odd head_dim the last dimension as [16]
+// Those of codes are keys [bytes][16] and values [16][bytes], where a vector's bytes are head_dim
+// codes, or head_dim / 2 of INT4: dimension i low, i + head_dim / 2 high. After all blocks follow
+// the scales, bfloat16 [keys, values][kv_heads][page_tokens].
 // Slots that were never written hold arbitrary bytes; no visible number depends on them.
+struct CachePages {
+  const int32_t* block_table;  // [num_seqs, table_stride] page address in 64-byte units
+  int64_t table_stride;
+  int64_t layer_offset;  // bytes from the start of the page
+  int32_t format;        // CacheFormat
+  int32_t page_tokens;   // a multiple of 16
+};
+
+// QK-norm, RoPE and the Hadamard turn of queries (in place), keys and values; the latter two are
+// then written to `cache`, and to `recent` where that has a block table.
 struct RopeAppendOp {
   OpHeader head;
   RowMeta meta;
-  float* qkv;            // [rows, qkv_stride]: q heads, k heads, v heads; q is rotated in place
+  CachePages cache;
+  CachePages recent;     // always dense
+  float* qkv;            // [rows, qkv_stride]: q heads, k heads, v heads; all are overwritten
   int64_t qkv_stride;
   const float* q_norm;   // [head_dim] or null
   const float* k_norm;
   const float* cos;      // [max_positions, rotary_dim / 2] or null (no rope)
   const float* sin;
-  int64_t layer_offset;  // bytes from the start of the page
   float norm_eps;
-  int32_t num_heads, num_kv_heads, head_dim, rotary_dim, interleaved, page_tokens;
+  int32_t num_heads, num_kv_heads, head_dim, rotary_dim, interleaved;
+  int32_t hadamard;      // 1: turn queries, keys and values
 };
 
 struct AttendOp {
   OpHeader head;
   RowMeta meta;
+  CachePages cache;
+  CachePages recent;     // without a block table: none
   const float* q;        // [rows, q_stride], rotated queries
   int64_t q_stride;
   void* out;             // [rows, out_stride] in head.dtype: attention output, heads side by side
   int64_t out_stride;
   const float* sinks;    // [num_heads] or null
-  int64_t layer_offset;
   float scale;
   float softcap;         // 0: none
-  int32_t num_heads, num_kv_heads, head_dim, page_tokens;
+  int32_t num_heads, num_kv_heads, head_dim;
   int32_t window;        // 0: whole past; else keys with position > row position - window
+  int32_t recent_tokens; // keys with position > row position - recent_tokens are read in `recent`
+  int32_t hadamard;      // 1: turn the result back
 };
 
 void run_embed(const void* op, const StepInfo& step, const Team& team);

@@ -1,18 +1,18 @@
-// QK-norm, rotary embedding (Su et al. 2021) and the append of keys and values to the cache.
+// QK-norm, rotary embedding (Su et al. 2021), the Hadamard turn and the append of keys and values
+// to the cache.
 // The loops are plain C++, compiled for several targets; without contraction or reassociation
 // all of them give the same bits.
 #include <cmath>
 #include <cstring>
 
+#include "cache_codes.h"
+#include "cache_pages.h"
 #include "cpu.h"
-#include "op.h"
-
-#define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 namespace skimp {
 namespace {
 
-ALWAYS_INLINE void norm(float* x, const float* factor, int dim, float eps) {
+SKIMP_ALWAYS void norm(float* x, const float* factor, int dim, float eps) {
   float part[16] = {};
   int d = 0;
   for (; d + 16 <= dim; d += 16)
@@ -24,8 +24,7 @@ ALWAYS_INLINE void norm(float* x, const float* factor, int dim, float eps) {
   for (d = 0; d < dim; ++d) x[d] = x[d] * scale * factor[d];
 }
 
-ALWAYS_INLINE void rotate(float* x, const float* cos, const float* sin, int half,
-                                bool interleaved) {
+SKIMP_ALWAYS void rotate(float* x, const float* cos, const float* sin, int half, bool interleaved) {
   if (interleaved) {
     for (int i = 0; i < half; ++i) {
       const float a = x[2 * i], b = x[2 * i + 1];
@@ -43,15 +42,8 @@ ALWAYS_INLINE void rotate(float* x, const float* cos, const float* sin, int half
   }
 }
 
-ALWAYS_INLINE uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<uint16_t>(nan ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
 // A key becomes one lane of its panel: a word every 64 bytes.
-ALWAYS_INLINE void write_key(const float* __restrict x, char* __restrict block, int lane, int dim,
+SKIMP_ALWAYS void write_key(const float* __restrict x, char* __restrict block, int lane, int dim,
                              bool bf16) {
   char* at = block + 4 * lane;
   if (!bf16) {
@@ -59,17 +51,17 @@ ALWAYS_INLINE void write_key(const float* __restrict x, char* __restrict block, 
     return;
   }
   for (int d = 0; d + 2 <= dim; d += 2) {
-    const uint16_t pair[2] = {to_bf16(x[d]), to_bf16(x[d + 1])};
+    const uint16_t pair[2] = {round_bf16(x[d]), round_bf16(x[d + 1])};
     std::memcpy(at + 32 * d, pair, 4);
   }
   if (dim % 2) {
-    const uint16_t last = to_bf16(x[dim - 1]);
+    const uint16_t last = round_bf16(x[dim - 1]);
     std::memcpy(block + 32 * (dim - 1) + 2 * lane, &last, 2);
   }
 }
 
 // A bf16 value becomes one half of its pair; another thread may be writing the other half.
-ALWAYS_INLINE void write_value(const float* __restrict x, char* __restrict block, int lane,
+SKIMP_ALWAYS void write_value(const float* __restrict x, char* __restrict block, int lane,
                                int dim, bool bf16) {
   if (!bf16) {
     std::memcpy(block + sizeof(float) * lane * dim, x, sizeof(float) * dim);
@@ -77,41 +69,58 @@ ALWAYS_INLINE void write_value(const float* __restrict x, char* __restrict block
   }
   char* at = block + 4 * (lane / 2) * dim + 2 * (lane % 2);
   for (int d = 0; d < dim; ++d) {
-    const uint16_t rounded = to_bf16(x[d]);
+    const uint16_t rounded = round_bf16(x[d]);
     std::memcpy(at + 4 * d, &rounded, 2);
   }
 }
 
+// Every lane of a block of codes is written by its own thread.
+SKIMP_ALWAYS void write(const Pages& pages, int seq, int head, int heads, int position, bool bf16,
+                        const float* k, const float* v, int dim) {
+  const int lane = position % kBlock;
+  char* keys = pages.block(seq, head, position);
+  char* values = pages.block(seq, heads + head, position);
+  if (pages.at.format == CACHE_DENSE) {
+    write_key(k, keys, lane, dim, bf16);
+    write_value(v, values, lane, dim, bf16);
+    return;
+  }
+  auto* key_codes = reinterpret_cast<uint8_t*>(keys);
+  auto* value_codes = reinterpret_cast<uint8_t*>(values);
+  pages.scales(seq, head, position)[lane] =
+      encode(pages.at.format, k, dim, key_codes + lane, kBlock);
+  pages.scales(seq, heads + head, position)[lane] =
+      encode(pages.at.format, v, dim, value_codes + lane * pages.vector, 1);
+}
+
 // Units are (row, kv head): its query heads, its key, its value.
-ALWAYS_INLINE void run_units(const RopeAppendOp& op, int64_t from, int64_t to) {
+SKIMP_ALWAYS void run_units(const RopeAppendOp& op, int64_t from, int64_t to) {
   const RowMeta& meta = op.meta;
   const int dim = op.head_dim, half = op.rotary_dim / 2, heads = op.num_kv_heads;
   const int group = op.num_heads / heads;
   const bool bf16 = op.head.dtype == BF16;
-  const int64_t vector = int64_t{dim} * (bf16 ? 2 : 4);
+  const Pages cache(op.cache, meta, op.head.dtype, heads, dim);
+  const Pages recent(op.recent, meta, op.head.dtype, heads, dim);
   for (int64_t unit = from; unit < to; ++unit) {
     const int64_t row = unit / heads;
     const int head = static_cast<int>(unit % heads);
-    const int position = meta.positions[row];
+    const int position = meta.positions[row], seq = meta.row_seq[row];
     const float* cos = op.cos ? op.cos + int64_t{position} * half : nullptr;
     const float* sin = op.cos ? op.sin + int64_t{position} * half : nullptr;
     float* q = op.qkv + row * op.qkv_stride + int64_t{head} * group * dim;
     float* k = op.qkv + row * op.qkv_stride + (int64_t{op.num_heads} + head) * dim;
-    const float* v = k + int64_t{heads} * dim;
+    float* v = k + int64_t{heads} * dim;
     for (int g = 0; g < group; ++g) {
-      if (op.q_norm) norm(q + int64_t{g} * dim, op.q_norm, dim, op.norm_eps);
-      if (cos) rotate(q + int64_t{g} * dim, cos, sin, half, op.interleaved);
+      float* x = q + int64_t{g} * dim;
+      if (op.q_norm) norm(x, op.q_norm, dim, op.norm_eps);
+      if (cos) rotate(x, cos, sin, half, op.interleaved);
+      if (op.hadamard) hadamard(x, dim);
     }
     if (op.k_norm) norm(k, op.k_norm, dim, op.norm_eps);
     if (cos) rotate(k, cos, sin, half, op.interleaved);
-    const int64_t page = meta.block_table[meta.row_seq[row] * meta.table_stride +
-                                          position / op.page_tokens];
-    const int64_t slot = position % op.page_tokens;
-    const int lane = static_cast<int>(slot % PANEL);
-    char* keys = meta.arena + 64 * page + op.layer_offset +
-                 vector * (int64_t{op.page_tokens} * head + slot - lane);
-    write_key(k, keys, lane, dim, bf16);
-    write_value(v, keys + vector * op.page_tokens * heads, lane, dim, bf16);
+    if (op.hadamard) hadamard(k, dim), hadamard(v, dim);
+    write(cache, seq, head, heads, position, bf16, k, v, dim);
+    if (op.recent.block_table) write(recent, seq, head, heads, position, bf16, k, v, dim);
   }
 }
 
