@@ -1,0 +1,97 @@
+"""The methods on the embedded model: their order, and what is lost in the noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shrink.drive import decoder_of, logits, named, run_step
+from tokenizers import Tokenizer
+from torch import Tensor
+
+import skimp
+from skimp.formats.weight import quantize
+from skimp.model.loading import load_decoder
+from skimp.model.spec import ModelSpec
+from skimp.shrink.quantize import Quantize
+
+ASSETS = Path(skimp.__file__).parent / "assets"
+LENGTH = 256
+
+
+def windows(file: str, count: int) -> Tensor:
+    tokenizer = Tokenizer.from_file(str(ASSETS / "models/tales/tokenizer.json"))
+    ids = tokenizer.encode((ASSETS / "text" / file).read_text()).ids
+    return torch.tensor(ids[: count * LENGTH]).view(count, LENGTH)
+
+
+class Judge:
+    """KL to the base in nats a token, and bits a token beyond it, window by window."""
+
+    def __init__(self, spec: ModelSpec, tensors: dict[str, Tensor]) -> None:
+        self.spec, self.texts = spec, windows("evaluation.txt", 12)
+        self.base = self._log_probs(tensors)
+
+    def _log_probs(self, tensors: dict[str, Any]) -> list[Tensor]:
+        dense = {n: t.float() if isinstance(t, Tensor) else t for n, t in tensors.items()}
+        decoder = decoder_of(dataclasses.replace(self.spec, formats={}), dense)
+        return [logits(decoder, text.tolist()).log_softmax(-1) for text in self.texts]
+
+    def __call__(self, tensors: dict[str, Any]) -> tuple[float, Tensor]:
+        kl, bits = [], []
+        for text, p, q in zip(self.texts, self.base, self._log_probs(tensors)):
+            kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
+            bits.append(float((p - q)[:-1].gather(1, text[1:, None]).mean()) / 0.6931)
+        return sum(kl) / len(kl), torch.tensor(bits)
+
+
+@pytest.fixture(scope="module")
+def tales() -> tuple[ModelSpec, dict[str, Tensor], Judge]:
+    decoder = load_decoder(ASSETS / "models/tales")
+    tensors = named(decoder)
+    return decoder.spec, tensors, Judge(decoder.spec, tensors)
+
+
+@pytest.mark.slow
+def test_the_order_of_the_methods_at_int4(
+    tales: tuple[ModelSpec, dict[str, Tensor], Judge],
+) -> None:
+    """GPTQ and AWQ, which look at inputs, lose less than HQQ, and HQQ less than rounding to
+    nearest, with scales that cover the range and with searched ones."""
+    spec, tensors, judge = tales
+    text = windows("calibration.txt", 24)
+    found: dict[str, float] = {}
+    for symmetric, form in ((True, "int4"), (False, "int4-asym")):
+        plain: dict[str, Any] = dict(tensors)
+        for matrix, target in Quantize(format="int4", symmetric=symmetric).formats(spec).items():
+            plain[f"{matrix}.weight"] = quantize(tensors[f"{matrix}.weight"], target)
+        found[f"nearest {form}"] = judge(plain)[0]
+        for method in ("rtn", "hqq", "gptq", "awq"):
+            step = Quantize.model_validate(
+                {"format": "int4", "method": method, "symmetric": symmetric}
+            )
+            _, out, run = run_step(step, spec, tensors, text)
+            assert not run.notes
+            found[f"{method} {form}"] = judge(out)[0]
+    for name, kl in found.items():
+        print(f"{name}: {kl:.4f} nats a token")
+    for form in ("int4", "int4-asym"):
+        measured = max(found[f"gptq {form}"], found[f"awq {form}"])
+        assert measured < found[f"hqq {form}"] < found[f"rtn {form}"] < found[f"nearest {form}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_eight_bits_are_lost_in_the_noise(
+    form: str, tales: tuple[ModelSpec, dict[str, Tensor], Judge]
+) -> None:
+    spec, tensors, judge = tales
+    _, out, _ = run_step(Quantize.model_validate({"format": form}), spec, tensors)
+    kl, bits = judge(out)
+    mean, error = float(bits.mean()), float(bits.std()) / len(bits) ** 0.5
+    print(f"{form}: {kl:.5f} nats a token, {mean:+.5f} bits more, standard error {error:.5f}")
+    assert 0 < kl < 0.01
+    assert abs(mean) < 2 * error
