@@ -7,7 +7,6 @@ import itertools
 import json
 import random
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +15,8 @@ from shrink.drive import apart, decoder_of, logits, named, run_step, spec_like, 
 from tiny_models import tiny_decoder, tiny_spec
 from torch import Tensor
 
-import skimp
 from skimp.errors import ShrinkError
 from skimp.formats.weight import QuantizedWeight, WeightFormat, quantize
-from skimp.model.loading import load_decoder
 from skimp.model.spec import ModelSpec
 from skimp.shrink.quantize import Quantize
 from skimp.shrink.quantize.mixed import (
@@ -174,46 +171,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ShrinkError, match=r"skimp\[shrink\]"):
         MixedPrecision(target_bits=4.5, candidates=(INT4,)).check(spec)
-
-
-@pytest.mark.slow
-def test_it_beats_uniform_formats_on_a_trained_model() -> None:
-    """At 5 bits: less KL than every uniform int4, and than the line between int4 and int8."""
-    from tokenizers import Tokenizer
-
-    assets = Path(skimp.__file__).parent / "assets"
-    tokenizer = Tokenizer.from_file(str(assets / "models" / "tales" / "tokenizer.json"))
-
-    def windows(file: str, count: int, length: int) -> Tensor:
-        text = (assets / "text" / file).read_text()[: 8 * count * length]
-        return torch.tensor(tokenizer.encode(text).ids[: count * length]).view(count, length)
-
-    decoder = load_decoder(assets / "models" / "tales", dtype="float32")
-    spec, tensors = decoder.spec, {n: t.bfloat16() for n, t in named(decoder).items()}
-    held_out = windows("evaluation.txt", 12, 128)
-
-    def log_probs(formats: dict[str, WeightFormat]) -> list[Tensor]:
-        weights = {name: tensor.float() for name, tensor in tensors.items()}
-        for name, form in formats.items():
-            weights[f"{name}.weight"] = quantize(tensors[f"{name}.weight"], form).dequantize()
-        low = decoder_of(spec, weights)
-        return [logits(low, text.tolist()).log_softmax(-1) for text in held_out]
-
-    base = log_probs({})
-
-    def kl(formats: dict[str, WeightFormat]) -> float:
-        pairs = zip(base, log_probs(formats))
-        return sum(float((b.exp() * (b - o)).sum(-1).mean()) for b, o in pairs) / len(base)
-
-    mixed = MixedPrecision(
-        target_bits=5.0, candidates=(int_format(4, 64), INT4, INT8), rounder=quantize
-    )
-    chosen = mixed.formats(survey(mixed, spec, tensors, windows("calibration.txt", 4, 128)))
-    int4, int8 = (kl(dict.fromkeys(chosen, form)) for form in (INT4, INT8))
-    got = kl(chosen)
-    share = (5.0 - 4.5) / (8.03 - 4.5)
-    print(f"int4-g32 {int4:.4f}, int8 {int8:.5f}, mixed at 5 bits {got:.4f}")
-    assert got < 0.9 * (int4 + share * (int8 - int4))
 
 
 # ---- as a step of a recipe --------------------------------------------------------------------

@@ -95,3 +95,27 @@ def test_eight_bits_are_lost_in_the_noise(
     print(f"{form}: {kl:.5f} nats a token, {mean:+.5f} bits more, standard error {error:.5f}")
     assert 0 < kl < 0.01
     assert abs(mean) < 2 * error
+
+
+@pytest.mark.slow
+def test_mixed_precision_beats_uniform_formats(
+    tales: tuple[ModelSpec, dict[str, Tensor], Judge],
+) -> None:
+    """At 4.5 bits: less KL than the uniform format of 4.5 bits, and than the straight line between
+    the uniform formats of its own candidates."""
+    spec, tensors, judge = tales
+    text = windows("calibration.txt", 4)
+
+    def kl(**fields: Any) -> float:
+        _, out, run = run_step(Quantize.model_validate(fields), spec, tensors, text)
+        print("; ".join(run.notes))
+        return judge(out)[0]
+
+    uniform = kl(format="int4", group_size=32)
+    coarse, fine = (kl(format="int4", group_size=g, symmetric=False) for g in (64, 32))
+    mixed = kl(target_bits=4.5)
+    share = (4.5 - 4.3125) / (4.625 - 4.3125)
+    line = coarse + share * (fine - coarse)
+    print(f"4.5 bits: uniform {uniform:.4f}, line {line:.4f}, mixed {mixed:.4f} nats a token")
+    print(f"int4-g64-asym {coarse:.4f}, int4-g32-asym {fine:.4f}")
+    assert mixed < 0.9 * uniform and mixed < line
