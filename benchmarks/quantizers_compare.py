@@ -222,7 +222,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="parts of the names of our rows")
     parser.add_argument("-o", "--output", type=Path, help="without a suffix")
     options = parser.parse_args()
-    started = time.time()
     spec = load_spec(options.model)
     base = load_decoder(options.model)
     tensors = module_tensors(base)
@@ -302,7 +301,6 @@ def main() -> None:
         "window_tokens": options.length,
         "rows": rows,
         "duels": duels,
-        "minutes": (time.time() - started) / 60,
     }
     text = markdown(result)
     print(text)
