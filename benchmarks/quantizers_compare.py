@@ -4,8 +4,10 @@
 
 ``--tools-python`` is an interpreter that has ``llmcompressor`` and ``hqq``. Every model is judged
 by the same code: weights dequantized to float32, all windows of the evaluation text, KL to the base
-and bits per byte, with 95 % intervals from a bootstrap over windows. Differences are paired: the
-interval of ours minus theirs is over the same windows. Writes RESULT.md and RESULT.json.
+and bits per byte, with 95 % intervals from a bootstrap over windows. Differences (of ours and
+theirs, of each and the base) are paired: their interval is over the same windows. ``probe`` says
+how far the logits of a tool's model, as read here, are from those that transformers computes from
+the same directory. Writes RESULT.md and RESULT.json.
 """
 
 from __future__ import annotations
@@ -20,16 +22,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from skimp.formats.weight import QuantizedWeight, quantize
-from skimp.kernels.plain import PlainOps
+from skimp.formats.weight import QuantizedWeight, WeightFormat, quantize
+from skimp.kernels.lowbit import round_rows
+from skimp.kernels.plain import PlainOps, rms_norm
 from skimp.meter.quality import split_documents
 from skimp.model.decoder import Decoder
-from skimp.model.loading import assign, empty_decoder, load_decoder, load_spec
+from skimp.model.loading import assign, empty_decoder, load_decoder, load_spec, parameter_shapes
 from skimp.model.saving import module_tensors
 from skimp.model.spec import ModelSpec
 from skimp.shrink.capture import whole_text
@@ -56,7 +59,9 @@ OURS: dict[str, tuple[dict[str, Any], str | None]] = {
     "skimp rtn int8": ({"format": "int8", "method": "rtn"}, None),
     "skimp rtn int8-a8": ({"format": "int8", "method": "rtn", "activations": "int8"}, None),
     "skimp rtn fp8": ({"format": "fp8", "method": "rtn"}, None),
+    "skimp rtn fp8-afp8": ({"format": "fp8", "method": "rtn", "activations": "fp8"}, None),
 }
+NEAREST = {"nearest int4": True, "nearest int4-asym": False}  # scales that cover the range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,28 +117,38 @@ def in_float32(spec: ModelSpec, tensors: dict[str, Tensor | QuantizedWeight]) ->
 
 
 class RoundedInputs(PlainOps):
-    """Products of whose inputs each row is rounded to int8, but for the output matrix."""
+    """Products of whose inputs each row is rounded, but for the output matrix."""
+
+    def __init__(self, vocab: int, activations: Literal["int8", "fp8"]) -> None:
+        super().__init__()
+        self.vocab, self.activations = vocab, activations
 
     def matmul(self, x: Tensor, matrix: Any, **more: Any) -> Tensor:
-        from skimp.kernels.plain import rms_norm
-        from skimp.shrink.capture import round_rows
-
         norm = more.pop("norm", None)
         x = x if norm is None else rms_norm(x, norm)
-        head = matrix.linears[0].out_features == self.vocab
-        return super().matmul(x if head else round_rows(x, "int8"), matrix, **more)
-
-    def __init__(self, vocab: int) -> None:
-        super().__init__()
-        self.vocab = vocab
+        if matrix.linears[0].out_features != self.vocab:
+            x = round_rows(x, self.activations)
+        return super().matmul(x, matrix, **more)
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     decoder: Decoder
-    seconds: float
+    bits: float  # a weight of those that were to be rounded, scales and zero points counted
     ops: PlainOps = dataclasses.field(default_factory=PlainOps)
     notes: tuple[str, ...] = ()
+    probe: float | None = None
+
+
+def mean_bits(spec: ModelSpec, formats: dict[str, WeightFormat]) -> float:
+    """Of the matrices in the layers."""
+    bits = weights = 0.0
+    for name, shape in parameter_shapes(spec).items():
+        if name.startswith("layers.") and len(shape) == 2:
+            form = formats.get(name.removesuffix(".weight"))
+            bits += math.prod(shape) * (16 if form is None else form.bits_per_weight(shape[1]))
+            weights += math.prod(shape)
+    return bits / weights
 
 
 def log_probabilities(candidate: Candidate, window: Tensor) -> Tensor:
@@ -141,6 +156,14 @@ def log_probabilities(candidate: Candidate, window: Tensor) -> Tensor:
     with torch.no_grad():
         logits = candidate.decoder(whole_text(window.int()), candidate.ops)
     return logits[:-1].log_softmax(-1)
+
+
+def apart(decoder: Decoder, window: Tensor, logits: Tensor) -> float:
+    """Largest difference of a model's logits from ``logits`` [T, V], in spreads of these."""
+    ops = PlainOps()
+    with torch.no_grad():
+        mine = decoder.bind(ops, max_positions=len(window))(whole_text(window.int()), ops)
+    return float((mine - logits).abs().max() / logits.std())
 
 
 def score(candidates: dict[str, Candidate], tokens: Tensor, size: int) -> dict[str, Scores]:
@@ -172,10 +195,19 @@ def interval(values: Tensor, count: int) -> tuple[float, float, float]:
     return float(values.double().sum()) / count, low, high
 
 
-def row(scores: Scores) -> dict[str, Any]:
+def row(scores: Scores, base: Scores) -> dict[str, Any]:
     kl, kl_low, kl_high = interval(scores.kl, scores.positions)
     bits, low, high = interval(scores.bits, scores.bytes)
-    return {"kl": kl, "kl_ci95": [kl_low, kl_high], "bits_per_byte": bits, "ci95": [low, high]}
+    more = interval(scores.bits - base.bits, scores.bytes)
+    return {
+        "kl": kl,
+        "kl_ci95": [kl_low, kl_high],
+        "bits_per_byte": bits,
+        "ci95": [low, high],
+        "over_base": more[0],
+        "over_base_ci95": more[1:],
+        "inside_noise": more[1] <= 0 <= more[2],
+    }
 
 
 def main() -> None:
@@ -190,7 +222,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="parts of the names of our rows")
     parser.add_argument("-o", "--output", type=Path, help="without a suffix")
     options = parser.parse_args()
-    started = time.time()
     spec = load_spec(options.model)
     base = load_decoder(options.model)
     tensors = module_tensors(base)
@@ -203,7 +234,7 @@ def main() -> None:
     evaluation = evaluation[: options.windows]
     # The first token of a window is given, so its bytes are not counted.
     size = sum(len(tokenizer.decode(w[1:].tolist()).encode()) for w in evaluation)
-    candidates = {"base": Candidate(in_float32(spec, tensors), 0.0)}
+    candidates = {"base": Candidate(in_float32(spec, tensors), 16.0)}
     versions = {"torch": torch.__version__}
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.tools_models or Path(scratch)
@@ -219,12 +250,16 @@ def main() -> None:
             for name, entry in said["models"].items():
                 decoder = load_decoder(folder / entry["path"])
                 dense = in_float32(decoder.spec, module_tensors(decoder))
-                candidates[name] = Candidate(dense, entry["seconds"])
-    absmax = Quantize.model_validate({"format": "int4", "group_size": options.group_size})
-    plain = dict(tensors)
-    for matrix, form in absmax.formats(spec).items():
-        plain[f"{matrix}.weight"] = quantize(tensors[f"{matrix}.weight"], form)
-    candidates["nearest int4, no search"] = Candidate(in_float32(spec, plain), 0.0)
+                bits = entry.get("bits") or mean_bits(spec, dict(decoder.spec.formats))
+                probe = torch.load(folder / entry["probe"], weights_only=True)
+                candidates[name] = Candidate(dense, bits, probe=apart(dense, calibration[0], probe))
+    for name, symmetric in NEAREST.items():
+        fields = {"format": "int4", "group_size": options.group_size, "symmetric": symmetric}
+        formats = Quantize.model_validate(fields).formats(spec)
+        plain = dict(tensors)
+        for matrix, form in formats.items():
+            plain[f"{matrix}.weight"] = quantize(tensors[f"{matrix}.weight"], form)
+        candidates[name] = Candidate(in_float32(spec, plain), mean_bits(spec, formats))
     for name, (fields, _) in OURS.items():
         if options.only and not any(part in name for part in options.only):
             continue
@@ -233,12 +268,20 @@ def main() -> None:
         began = time.perf_counter()
         out_spec, out, notes = shrunk(step, spec, tensors, calibration)
         seconds = time.perf_counter() - began
-        ops = RoundedInputs(spec.vocab_size) if step.activations == "int8" else PlainOps()
-        candidates[name] = Candidate(in_float32(out_spec, out), seconds, ops, tuple(notes))
+        ops = PlainOps()
+        if step.activations != "none":
+            ops = RoundedInputs(spec.vocab_size, step.activations)
+        bits = mean_bits(spec, dict(out_spec.formats))
+        candidates[name] = Candidate(in_float32(out_spec, out), bits, ops, tuple(notes))
         print(f"{name}: {seconds:.1f} s", flush=True)
     found = score(candidates, evaluation, size)
     rows = {
-        name: {**row(found[name]), "seconds": c.seconds, "notes": list(c.notes)}
+        name: {
+            **row(found[name], found["base"]),
+            "bits_per_weight": c.bits,
+            "notes": list(c.notes),
+            "probe": c.probe,
+        }
         for name, c in candidates.items()
     }
     duels = []
@@ -258,7 +301,6 @@ def main() -> None:
         "window_tokens": options.length,
         "rows": rows,
         "duels": duels,
-        "minutes": (time.time() - started) / 60,
     }
     text = markdown(result)
     print(text)
@@ -278,15 +320,21 @@ def markdown(result: dict[str, Any]) -> str:
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items())
         + ".",
         "",
-        "| quantizer | KL to base (nats/token) | bits per byte | seconds |",
-        "| --- | --- | --- | --- |",
+        "| quantizer | bits a weight | KL to base (nats/token) | bits per byte | over the base |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, r in sorted(result["rows"].items(), key=lambda item: item[1]["kl"]):
         lines.append(
-            f"| {name} | {r['kl']:.6f} ({r['kl_ci95'][0]:.6f} to {r['kl_ci95'][1]:.6f}) | "
+            f"| {name} | {r['bits_per_weight']:.3f} | "
+            f"{r['kl']:.6f} ({r['kl_ci95'][0]:.6f} to {r['kl_ci95'][1]:.6f}) | "
             f"{r['bits_per_byte']:.5f} ({r['ci95'][0]:.5f} to {r['ci95'][1]:.5f}) | "
-            f"{r.get('seconds', 0):.0f} |"
+            f"{r['over_base']:+.5f} ({r['over_base_ci95'][0]:+.5f} to "
+            f"{r['over_base_ci95'][1]:+.5f}{', inside the noise' if r['inside_noise'] else ''}) |"
         )
+    probes = [f"{n} {r['probe']:.1e}" for n, r in result["rows"].items() if r["probe"] is not None]
+    if probes:
+        lines += ["", "Logits of the tools' models as read here, against transformers reading the "]
+        lines[-1] += "same directory (largest difference in spreads): " + ", ".join(probes) + "."
     lines += ["", "Ours minus theirs, paired window by window (below nought: ours loses less):", ""]
     lines += ["| ours | theirs | KL | bits per byte |", "| --- | --- | --- | --- |"]
     for duel in result["duels"]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -78,6 +77,16 @@ def half_quadratic(name: str, scratch: Path, job: dict) -> Path:
     return target
 
 
+def probe(path: Path, tokens: torch.Tensor) -> str:
+    """What transformers makes of a saved model: the logits of a text, in a file."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(tokens[None]).logits[0].float()
+    file = path.with_suffix(".probe.pt")
+    torch.save(logits, file)
+    return file.name
+
+
 def main() -> None:
     scratch = Path(sys.argv[1])
     job = json.loads((scratch / "job.json").read_text())
@@ -93,12 +102,13 @@ def main() -> None:
         "llmcompressor AWQ W4A16",
         "llmcompressor AWQ W4A16_ASYM",
     ):
-        began = time.perf_counter()
         if name.startswith("hqq"):
             path = half_quadratic(name, scratch, job)
         else:
             path = compressed(name, scratch, job, tokens)
-        models[name] = {"path": path.name, "seconds": time.perf_counter() - began}
+        models[name] = {"path": path.name, "probe": probe(path, tokens[0])}
+        if name.startswith("hqq"):  # a scale and a zero point of 16 bits, both real numbers
+            models[name]["bits"] = 4 + 32 / job["group_size"]
     packages = ("llmcompressor", "compressed-tensors", "hqq", "transformers")
     done = {"models": models, "versions": {p: version(p) for p in packages}}
     (scratch / "done.json").write_text(json.dumps(done))

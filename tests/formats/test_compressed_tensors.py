@@ -41,6 +41,7 @@ FORMATS = [
     WeightFormat(kind="int", bits=4, group_size=128),
     WeightFormat(kind="float", bits=8, activations="fp8"),
     WeightFormat(kind="float", bits=8),
+    WeightFormat(kind="int", bits=4, group_size=32, activations="int8"),
 ]
 
 

@@ -39,7 +39,9 @@ def run_step(
         hidden = None
         for index, name in enumerate(unit_names(spec)):
             own = {n: t for n, t in tensors.items() if unit_of(n) == name}
-            unit = Unit(name=name, index=index, spec=spec, tensors=own)
+            tied = name == "head" and spec.tie_embeddings
+            table = tensors["embed_tokens.weight"] if tied else None
+            unit = Unit(name=name, index=index, spec=spec, tensors=own, table=table)
             run = Run(
                 pass_index=pass_index,
                 state=json.loads(json.dumps(state)),

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from shrink.drive import decoder_of, logits, named, spec_like, unit_of
+from pydantic import ValidationError
+from shrink.drive import apart, decoder_of, logits, named, run_step, spec_like, unit_of, varied
 from tiny_models import tiny_decoder, tiny_spec
 from torch import Tensor
 
-import skimp
 from skimp.errors import ShrinkError
-from skimp.formats.weight import WeightFormat, quantize
-from skimp.model.loading import load_decoder
+from skimp.formats.weight import QuantizedWeight, WeightFormat, quantize
 from skimp.model.spec import ModelSpec
+from skimp.shrink.quantize import Quantize
 from skimp.shrink.quantize.mixed import (
     STATE,
     Group,
@@ -47,7 +47,9 @@ def survey(
     run = Run(pass_index=0, state={}, tokens=tokens)
     for index, name in enumerate(unit_names(spec)):
         own = {n: t for n, t in tensors.items() if unit_of(n) == name}
-        result = mixed.look(Unit(name=name, index=index, spec=spec, tensors=own), run)
+        table = tensors["embed_tokens.weight"] if name == "head" and spec.tie_embeddings else None
+        unit = Unit(name=name, index=index, spec=spec, tensors=own, table=table)
+        result = mixed.look(unit, run)
         assert result.tensors is None
         run.hidden, run.state = result.hidden, json.loads(json.dumps(run.state))
     return run.state
@@ -83,6 +85,25 @@ def test_a_target_out_of_range() -> None:
             allocate([group], target)
 
 
+def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """HiGHS leaves a line on stdout in some of these."""
+    rng = random.Random(1)
+    bits = dict(zip("abcd", (4.125, 4.3125, 4.625, 8.03)))
+    for _ in range(8):
+        groups = [
+            Group(
+                matrices=(str(i),),
+                weights=rng.randint(1, 20000),
+                bits=bits,
+                damage={n: 10 ** rng.uniform(-6, -2) * 4**-b for n, b in bits.items()},
+            )
+            for i in range(32)
+        ]
+        allocate(groups, 4.5)
+    print("still there")
+    assert capfd.readouterr().out == "still there\n"
+
+
 def test_survey_measures_the_harm_at_the_end() -> None:
     """A group whose output nobody can hear costs nothing; a loud one gets the bits."""
     spec = spec_like(tiny_spec(), tied=False)
@@ -106,22 +127,24 @@ def test_survey_measures_the_harm_at_the_end() -> None:
             assert len({chosen.get(f"layers.{i}.{name}") for name in names.split()}) == 1
 
 
-def test_damage_at_the_end_is_that_of_a_whole_forward() -> None:
-    spec = spec_like(tiny_spec(), tied=True)
-    tensors = named(tiny_decoder(spec))
-    state = survey(MixedPrecision(target_bits=5, candidates=(INT4,)), spec, tensors, TOKENS)
-    basis = torch.linalg.pinv(tensors["embed_tokens.weight"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_damage_is_the_divergence_of_a_whole_forward(tied: bool) -> None:
+    spec = dataclasses.replace(spec_like(tiny_spec(), tied=tied), logit_softcap=3.0)
+    tensors = named(varied(tiny_decoder(spec)))
+    mixed = MixedPrecision(target_bits=4.5, candidates=(INT4,), lm_head=not tied)
+    state = survey(mixed, spec, tensors, TOKENS)
 
     def end(weights: dict[str, Tensor]) -> Tensor:
         decoder = decoder_of(spec, weights)
-        return torch.stack([logits(decoder, s.tolist()) @ basis.T for s in TOKENS])
+        return torch.stack([logits(decoder, s.tolist()).log_softmax(-1) for s in TOKENS])
 
     base = end(tensors)
     for entry in state[STATE][:3] + state[STATE][-3:]:
         names = [f"{name}.weight" for name in entry["matrices"]]  # type: ignore[attr-defined]
         low = {name: quantize(tensors[name], INT4).dequantize() for name in names}
-        off = (end(tensors | low) - base).square().sum(-1) / base.square().sum(-1)
-        assert entry["damage"]["int4-g32"] == pytest.approx(float(off.mean()), rel=1e-3)  # type: ignore[index]
+        kl = (base.exp() * (base - end(tensors | low))).sum(-1).mean()
+        assert float(kl) > 0
+        assert entry["damage"]["int4-g32"] == pytest.approx(float(kl), rel=2e-3)  # type: ignore[index]
 
 
 def test_packing_windows() -> None:
@@ -132,7 +155,7 @@ def test_packing_windows() -> None:
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, tensors = tiny_spec(), named(tiny_decoder())
+    spec = tiny_spec()
     for fields, match in (
         ({"candidates": ()}, "^candidates: "),
         ({"candidates": (INT4, INT4)}, "^candidates: int4-g32 is named twice"),
@@ -142,47 +165,76 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
             MixedPrecision(target_bits=4.5, **fields).check(spec)
     odd = MixedPrecision(target_bits=4.5, candidates=(int_format(4, 48),))
     with pytest.raises(ShrinkError, match=r"^candidates: no group_size divides the 64 inputs"):
-        survey(odd, spec, tensors, TOKENS)
+        odd.check(spec)
+    with pytest.raises(ShrinkError, match=r"^target_bits: 6 is outside 4.5 to 4.5"):
+        MixedPrecision(target_bits=6, candidates=(INT4,)).check(spec)
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ShrinkError, match=r"skimp\[shrink\]"):
         MixedPrecision(target_bits=4.5, candidates=(INT4,)).check(spec)
 
 
-@pytest.mark.slow
-def test_it_beats_uniform_formats_on_a_trained_model() -> None:
-    """At 5 bits: less KL than every uniform int4, and than the line between int4 and int8."""
-    from tokenizers import Tokenizer
+# ---- as a step of a recipe --------------------------------------------------------------------
 
-    assets = Path(skimp.__file__).parent / "assets"
-    tokenizer = Tokenizer.from_file(str(assets / "models" / "tales" / "tokenizer.json"))
 
-    def windows(file: str, count: int, length: int) -> Tensor:
-        text = (assets / "text" / file).read_text()[: 8 * count * length]
-        return torch.tensor(tokenizer.encode(text).ids[: count * length]).view(count, length)
+def step(**fields: object) -> Quantize:
+    given = {"target_bits": 6.0, "candidates": ["int4-g32", "int4-g32-asym", "int8", "dense"]}
+    return Quantize.model_validate_json(json.dumps(given | fields), strict=True)
 
-    decoder = load_decoder(assets / "models" / "tales", dtype="float32")
-    spec, tensors = decoder.spec, {n: t.bfloat16() for n, t in named(decoder).items()}
-    held_out = windows("evaluation.txt", 12, 128)
 
-    def log_probs(formats: dict[str, WeightFormat]) -> list[Tensor]:
-        weights = {name: tensor.float() for name, tensor in tensors.items()}
-        for name, form in formats.items():
-            weights[f"{name}.weight"] = quantize(tensors[f"{name}.weight"], form).dequantize()
-        low = decoder_of(spec, weights)
-        return [logits(low, text.tolist()).log_softmax(-1) for text in held_out]
+@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "awq"])
+def test_every_method_takes_the_choice(method: str) -> None:
+    spec = spec_like(tiny_spec(), tied=False)
+    tensors = named(varied(tiny_decoder(spec)))
+    tensors["layers.2.mixer.o_proj.weight"][:] *= 30
+    mixed = step(method=method, include=["lm_head"], exclude=["layers.0.ffn.*"])
+    out_spec, out, run = run_step(mixed, spec, tensors, TOKENS)
+    assert len({form.name for form in out_spec.formats.values()}) > 1
+    assert not any(name.startswith("layers.0.ffn") for name in out_spec.formats)
+    for name, tensor in out.items():
+        matrix = name.removesuffix(".weight")
+        if isinstance(tensor, QuantizedWeight):
+            assert tensor.format == out_spec.formats[matrix]
+        else:
+            assert matrix not in out_spec.formats
+    (note,) = run.notes
+    assert note.startswith("mixed precision: ") and note.endswith(" bits a weight on average")
+    base = logits(decoder_of(spec, tensors), TOKENS[0].tolist())
+    low = dataclasses.replace(out_spec, formats={})
+    assert 0 < apart(base, logits(decoder_of(low, out), TOKENS[0].tolist())) < 3
 
-    base = log_probs({})
 
-    def kl(formats: dict[str, WeightFormat]) -> float:
-        pairs = zip(base, log_probs(formats))
-        return sum(float((b.exp() * (b - o)).sum(-1).mean()) for b, o in pairs) / len(base)
+def test_the_plan_of_a_step() -> None:
+    spec = tiny_spec()
+    need = step().need(spec)
+    assert need.passes == 2 and need.calibration
+    assert need.open_bits == dict.fromkeys(step().planned_spec(spec).formats, 6.0)
+    assert {form.name for form in step().planned_spec(spec).formats.values()} == {"int8"}
+    with pytest.raises(ShrinkError, match=r"^target_bits: 6 is outside 4\.5 to 4\.625"):
+        step(candidates=["int4-g32", "int4-g32-asym"]).need(spec)
+    with pytest.raises(ShrinkError, match=r"^exclude: it leaves no matrix"):
+        step(exclude=["layers.*"]).need(spec)
+    with pytest.raises(ShrinkError, match=r"layers\.0\.mixer\.q_proj is int8 already"):
+        step().need(step().planned_spec(spec))
 
-    mixed = MixedPrecision(
-        target_bits=5.0, candidates=(int_format(4, 64), INT4, INT8), rounder=quantize
-    )
-    chosen = mixed.formats(survey(mixed, spec, tensors, windows("calibration.txt", 4, 128)))
-    int4, int8 = (kl(dict.fromkeys(chosen, form)) for form in (INT4, INT8))
-    got = kl(chosen)
-    share = (5.0 - 4.5) / (8.03 - 4.5)
-    print(f"int4-g32 {int4:.4f}, int8 {int8:.5f}, mixed at 5 bits {got:.4f}")
-    assert got < 0.9 * (int4 + share * (int8 - int4))
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"format": "int4"}, "format: target_bits is given"),
+        ({"group_size": 64}, "group_size: target_bits is given"),
+        ({"symmetric": True}, "symmetric: target_bits is given"),
+        ({"activations": "none"}, "activations: target_bits is given"),
+        ({"candidates": []}, "candidates: there is none"),
+        ({"candidates": ["int8", "int8"]}, "candidates: int8 is named twice"),
+        ({"candidates": ["int8", "int3"]}, "'int3' is no format"),
+        ({"include": ["embed_tokens"]}, "include: embed_tokens"),
+        ({"target_bits": None}, "format: missing"),
+        ({"target_bits": None, "format": "int4"}, "candidates: they go with target_bits"),
+        ({"target_bits": 0}, "target_bits"),
+        ({"target_bits": "4.5"}, "target_bits"),
+        ({"damping": 0.1}, "damping: only method gptq"),
+    ],
+)
+def test_malformed_fields(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        step(**fields)

@@ -79,6 +79,43 @@ def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return hashes(run(model, text, tmp_path_factory.mktemp("whole") / "out").output)
 
 
+MIXED = """
+- quantize: {target_bits: 5.5, candidates: [int4-g32, int4-g32-asym, int8], method: gptq}
+- cache: {format: int8}
+"""
+
+
+@pytest.fixture(scope="module")
+def mixed_reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return hashes(run(model, MIXED, tmp_path_factory.mktemp("mixed") / "out").output)
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 6, 7, 11, 12, 13])
+def test_mixed_precision_stopped(
+    model: Path, tmp_path: Path, stop: int, mixed_reference: dict[str, str]
+) -> None:
+    """Its choice is made in the sixth visit, and made once."""
+    _begin(model, MIXED, tmp_path / "out", stop)
+    outcome = run(model, MIXED, tmp_path / "out")
+    assert outcome.resumed == stop and outcome.visits == 18
+    assert hashes(outcome.output) == mixed_reference
+    assert len({form.name for form in outcome.spec.formats.values()}) > 1
+    assert outcome.notes[0].startswith("mixed precision: ")
+
+
+def test_a_mixed_plan_is_a_bound(model: Path, tmp_path: Path) -> None:
+    job = pipeline.prepare(model, parse_recipe(MIXED, "r.yaml", model.parent, REGISTRY))
+    plan = plan_job(job, small_tokens().numel())
+    assert [step.passes for step in plan.steps] == [2, 1]
+    assert plan.steps[0].choices == "int4-g32, int4-g32-asym, int8"
+    assert not plan.before.at_most and plan.after.at_most
+    assert plan.after.formats == {"to be chosen": 28, "float32": 1}
+    found = size_of(run(model, MIXED, tmp_path / "out").spec)
+    assert 0.9 * plan.after.disk_bytes < found.disk_bytes <= plan.after.disk_bytes
+    assert found.weight_bytes_per_token <= plan.after.weight_bytes_per_token
+    assert found.bits_per_weight <= plan.after.bits_per_weight
+
+
 def test_a_step_that_fails_leaves_what_was_done(model: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         run(model, "- look: {fail_at: 3}", tmp_path / "out")

@@ -139,7 +139,7 @@ def test_excluded_matrices_stay() -> None:
         ({"group_size": 0}, "group_size"),
         ({"format": "int8", "group_size": 32}, "group_size"),
         ({"format": "fp8", "symmetric": False, "group_size": None}, "symmetric"),
-        ({"activations": "int8"}, "activations"),
+        ({"activations": "fp8"}, "activations"),
         ({"format": "bf16", "group_size": None, "method": "gptq"}, "format bf16"),
         ({"damping": 0.1}, "damping"),
         ({"method": "gptq", "damping": 0}, "damping"),

@@ -123,13 +123,14 @@ def _print_plan(model: str, recipe: str, plan: Plan, warnings: list[str]) -> Non
         entries.append((step.kind, "yes" if step.lossy else "exact", step.after))
     for name, lossy, size in entries:
         formats = ", ".join(f"{count} x {form}" for form, count in sorted(size.formats.items()))
+        most = "<= " if size.at_most else ""
         rows.append(
             [
                 name,
                 lossy,
-                f"{size.bits_per_weight:.2f}",
-                bytes_text(size.disk_bytes),
-                bytes_text(size.weight_bytes_per_token),
+                f"{most}{size.bits_per_weight:.2f}",
+                most + bytes_text(size.disk_bytes),
+                most + bytes_text(size.weight_bytes_per_token),
                 bytes_text(size.cache_bytes_per_token),
                 f"{formats}; cache {size.cache_format}",
             ]
@@ -147,6 +148,11 @@ def _print_plan(model: str, recipe: str, plan: Plan, warnings: list[str]) -> Non
         f"of memory beside Python and PyTorch, and {bytes_text(plan.disk_bytes)} of disk."
         "\nTime and accuracy are not predicted: they have to be measured."
     )
+    for step in (step for step in plan.steps if step.choices):
+        print(
+            f"Which matrix gets which of {step.choices} is not known yet: {step.kind} first "
+            "measures the harm of each. The sizes are those of a budget spent to the last bit."
+        )
     for line in warnings:
         print(f"warning: {line}")
 

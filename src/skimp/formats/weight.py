@@ -6,6 +6,7 @@ Every format here is ``w = (q - zero) * scale`` with q an integer or an 8-bit fl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -52,6 +53,23 @@ class WeightFormat:
         text += "" if self.group_size is None else f"-g{self.group_size}"
         text += "" if self.symmetric else "-asym"
         return text + {None: "", "int8": "-a8", "fp8": "-afp8"}[self.activations]
+
+    @classmethod
+    def named(cls, name: str) -> WeightFormat:
+        """The format of a :attr:`name`. Raises ValueError if none has it."""
+        found = re.fullmatch(r"(int|fp)(4|8)(?:-g(\d{1,6}))?(-asym)?(?:-a(8|fp8))?", name)
+        if found is not None:
+            kind, bits, group, asymmetric, activations = found.groups()
+            form = cls(
+                kind="float" if kind == "fp" else "int",
+                bits=int(bits),
+                group_size=None if group is None else int(group),
+                symmetric=asymmetric is None,
+                activations={None: None, "8": "int8", "fp8": "fp8"}[activations],
+            )
+            if form.name == name:
+                return form
+        raise ValueError(f"{name!r} is no weight format")
 
     @property
     def limits(self) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from skimp.kernels.lowbit import round_rows
 from skimp.kernels.ops import PackLayout, StepInputs
 from skimp.kernels.plain import PlainMatrix, PlainOps
 from skimp.model.decoder import DecoderLayer
-from skimp.model.layers import Linear
+from skimp.model.layers import Linear, RMSNorm
 from skimp.model.loading import assign
 from skimp.model.rope import rope_tables
 from skimp.model.spec import ModelSpec
@@ -74,6 +74,33 @@ class LayerRunner:
         self._layer.mixer.bind(self._ops, tables, None)
         self._layer.ffn.bind(self._ops)
         return whole_text(torch.zeros(count, dtype=torch.int32))
+
+
+class HeadRunner:
+    """The final norm and the output matrix of a model, in float32."""
+
+    def __init__(self, spec: ModelSpec, norm: Tensor, matrix: Tensor | QuantizedWeight) -> None:
+        self._norm, self._softcap = final_norm(spec, norm), spec.logit_softcap
+        with torch.device("meta"):
+            linear = Linear(spec.hidden_size, spec.vocab_size)
+        value = matrix.dequantize() if isinstance(matrix, QuantizedWeight) else matrix.float()
+        assign(linear, "weight", value)
+        self._ops = PlainOps()
+        self._matrix = self._ops.pack((linear,))
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """float64 [T, V] of what leaves the last layer [T, D]: a divergence is a difference of
+        near numbers."""
+        step = whole_text(torch.zeros(len(hidden), dtype=torch.int32))
+        with torch.no_grad():
+            logits = self._ops.logits(hidden, self._matrix, self._norm, self._softcap, step)
+        return logits.double().log_softmax(-1)
+
+
+def final_norm(spec: ModelSpec, weight: Tensor) -> RMSNorm:
+    norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, plus_one=spec.norm_plus_one)
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    return norm
 
 
 class _Seen(Exception):

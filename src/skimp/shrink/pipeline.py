@@ -239,7 +239,14 @@ class _Pipeline:
                     tokens=self._tokens if need.calibration else None,
                     hidden=hidden,
                 )
-                unit = Unit(name=name, index=position, spec=spec, tensors=read_unit(source, name))
+                tied = name == "head" and spec.tie_embeddings
+                unit = Unit(
+                    name=name,
+                    index=position,
+                    spec=spec,
+                    tensors=read_unit(source, name),
+                    table=source.read("embed_tokens.weight") if tied else None,
+                )
                 seed = f"{self._job.recipe.seed} {number} {index} {position}"
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))

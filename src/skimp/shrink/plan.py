@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Final
 
 from skimp.cost import ModelWork, model_work, step_cost, uniform
 from skimp.cost.work import item_bytes
@@ -18,9 +20,13 @@ from skimp.shrink.units import unit_of
 CACHE_BITS = {"int8": 8, "fp8": 8}
 
 
+OPEN: Final = "to be chosen"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of a model, in bytes; ``formats`` counts matrices."""
+    """Of a model, in bytes; ``formats`` counts matrices. ``at_most``: formats are still to be
+    chosen, within a budget of bits that the figures use up."""
 
     disk_bytes: int
     weight_bytes_per_token: int  # read by one generated token
@@ -28,6 +34,7 @@ class Size:
     bits_per_weight: float  # of all matrices, the table included
     formats: dict[str, int]
     cache_format: str
+    at_most: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +45,7 @@ class PlannedStep:
     passes: int
     calibration: bool
     after: Size
+    choices: str = ""  # what formats there are to choose from once the model is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +66,11 @@ class Plan:
 
 def plan_job(job: Job, calibration_tokens: int = 0) -> Plan:
     """``calibration_tokens`` over all samples, if the job is calibrated."""
-    sizes = [size_of(spec) for spec in job.specs]
+    open_bits: dict[str, float] = {}
+    sizes = [size_of(job.specs[0])]
+    for need, spec in zip(job.needs, job.specs[1:]):
+        open_bits |= need.open_bits
+        sizes.append(size_of(spec, open_bits))
     steps = tuple(
         PlannedStep(
             kind=step.kind,
@@ -67,20 +79,21 @@ def plan_job(job: Job, calibration_tokens: int = 0) -> Plan:
             passes=need.passes,
             calibration=need.calibration,
             after=size,
+            choices=need.choices,
         )
         for step, need, size in zip(job.recipe.steps, job.needs, sizes[1:])
     )
     tokens = calibration_tokens if job.calibrated else 0
-    memory = 0
+    memory = kept = 0
     for index, need in enumerate(job.needs):
         units = _largest_unit(job.specs[index]) + _largest_unit(job.specs[index + 1])
         # What enters a unit and what leaves it, in float32.
-        hidden = 2 * 4 * tokens * job.specs[index].hidden_size if need.calibration else 0
-        memory = max(memory, units + need.extra_bytes + hidden)
+        rows = tokens + need.extra_tokens if need.calibration else 0
+        hidden = 2 * 4 * rows * job.specs[index].hidden_size
+        memory, kept = max(memory, units + need.extra_bytes + hidden), max(kept, hidden)
     # While a step runs its input is there too, if a step wrote it; then the output beside it.
     written = [0, *(size.disk_bytes for size in sizes[1:])]
     pairs = [a + b for a, b in pairwise(written)]
-    kept = 2 * 4 * tokens * job.specs[0].hidden_size
     disk = max(*pairs, written[-2] + 2 * written[-1]) + kept
     return Plan(
         before=sizes[0],
@@ -91,40 +104,38 @@ def plan_job(job: Job, calibration_tokens: int = 0) -> Plan:
     )
 
 
-def _bits(spec: ModelSpec) -> dict[str, float]:
-    """Of each parameter, by its name."""
+def _sizes(spec: ModelSpec, open_bits: Mapping[str, float]) -> dict[str, float]:
+    """Bytes of each parameter."""
     found: dict[str, float] = {}
     for name, shape in parameter_shapes(spec).items():
-        form = spec.formats.get(name.removesuffix(".weight"))
-        found[name] = (
-            8.0 * item_bytes(spec.dtype) if form is None else form.bits_per_weight(shape[1])
-        )
+        matrix = name.removesuffix(".weight")
+        bits = 8.0 * item_bytes(spec.dtype)
+        if matrix in open_bits:
+            bits = open_bits[matrix]
+        elif matrix in spec.formats:
+            bits = spec.formats[matrix].bits_per_weight(shape[1])
+        found[name] = bits * math.prod(shape) / 8
     return found
-
-
-def _sizes(spec: ModelSpec) -> dict[str, float]:
-    """Bytes of each parameter."""
-    bits = _bits(spec)
-    return {n: bits[n] * math.prod(shape) / 8 for n, shape in parameter_shapes(spec).items()}
 
 
 def _largest_unit(spec: ModelSpec) -> int:
     units: Counter[str] = Counter()
-    for name, size in _sizes(spec).items():
+    for name, size in _sizes(spec, {}).items():
         units[unit_of(name)] += math.ceil(size)
     return max(units.values())
 
 
-def size_of(spec: ModelSpec) -> Size:
-    """What a model takes, norms and biases in the checkpoint's dtype."""
-    shapes, sizes = parameter_shapes(spec), _sizes(spec)
+def size_of(spec: ModelSpec, open_bits: Mapping[str, float] | None = None) -> Size:
+    """What a model takes, norms and biases in the checkpoint's dtype. ``open_bits``: of matrices
+    whose format is not chosen yet, whatever ``spec`` says of them."""
+    open_bits = open_bits or {}
+    shapes, sizes = parameter_shapes(spec), _sizes(spec, open_bits)
     matrices = [name for name, shape in shapes.items() if len(shape) == 2]
     weights = sum(math.prod(shapes[name]) for name in matrices)
-    formats = Counter(
-        spec.formats[m].name if (m := name.removesuffix(".weight")) in spec.formats else spec.dtype
-        for name in matrices
-    )
-    work = spec_work(spec)
+    names = {matrix: form.name for matrix, form in spec.formats.items()}
+    names |= dict.fromkeys(open_bits, OPEN)
+    formats = Counter(names.get(name.removesuffix(".weight"), spec.dtype) for name in matrices)
+    work = spec_work(spec, open_bits)
     return Size(
         disk_bytes=math.ceil(sum(sizes.values())),
         weight_bytes_per_token=round(step_cost(work, uniform(1, 1)).weight_bytes),
@@ -132,10 +143,11 @@ def size_of(spec: ModelSpec) -> Size:
         bits_per_weight=8 * sum(sizes[name] for name in matrices) / weights,
         formats=dict(formats),
         cache_format=spec.cache_format or spec.dtype,
+        at_most=bool(open_bits),
     )
 
 
-def spec_work(spec: ModelSpec) -> ModelWork:
+def spec_work(spec: ModelSpec, open_bits: Mapping[str, float]) -> ModelWork:
     """The work of a model with its low-bit matrices and cache."""
     import torch
 
@@ -150,6 +162,7 @@ def spec_work(spec: ModelSpec) -> ModelWork:
         caches.append(cache)
     widths = {name.removesuffix(".weight"): s for name, s in parameter_shapes(spec).items()}
     bits_of = {name: form.bits_per_weight(widths[name][1]) for name, form in spec.formats.items()}
+    bits_of |= open_bits
     if spec.tie_embeddings and "embed_tokens" in bits_of:
         bits_of["lm_head"] = bits_of.pop("embed_tokens")
     return model_work(spec, caches, bits=bits_of)

@@ -33,12 +33,14 @@ Axis = Literal["weights", "cache", "tokens"]
 @dataclass(frozen=True, kw_only=True)
 class Unit:
     """``tensors`` are named as the decoder names its parameters (``layers.3.ffn_norm.weight``);
-    a quantized matrix stands under its weight's name."""
+    a quantized matrix stands under its weight's name. ``table`` is the embedding table, in the head
+    of a model whose output matrix it is."""
 
     name: str
     index: int  # 0 is embed, 1 + i is layer i, the last is head
     spec: ModelSpec  # of the model that enters the step
     tensors: Tensors
+    table: Tensor | QuantizedWeight | None = None
 
     @property
     def layer(self) -> int | None:
@@ -72,11 +74,18 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What a step will take, before anything is touched. Bytes beyond the unit itself."""
+    """What a step will take, before anything is touched. Bytes beyond the unit itself.
+
+    ``open_bits``: of matrices whose format a pass will choose, the bits a weight that they take at
+    most on average; ``choices`` says in words what there is to choose from.
+    """
 
     passes: int = 1
     calibration: bool = False  # wants Run.tokens and Run.hidden
     extra_bytes: int = 0  # at the worst unit, hidden activations not counted
+    extra_tokens: int = 0  # whose activations go along with those of the calibration text
+    open_bits: Mapping[str, float] = field(default_factory=dict)
+    choices: str = ""
 
 
 class Step(Protocol):

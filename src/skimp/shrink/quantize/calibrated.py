@@ -11,8 +11,7 @@ from torch import Tensor
 
 from skimp.formats.weight import QuantizedWeight, WeightFormat
 from skimp.kernels.plain import rms_norm
-from skimp.model.layers import RMSNorm
-from skimp.shrink.capture import GROUPS, LayerRunner
+from skimp.shrink.capture import GROUPS, LayerRunner, final_norm
 from skimp.shrink.fold import divide_norm, gain, narrow, wide
 from skimp.shrink.quantize.awq import search_factors
 from skimp.shrink.quantize.gptq import gptq
@@ -135,8 +134,7 @@ def quantize_head(
     """The output matrix behind the final norm, by GPTQ; without ``options`` to nearest, with the
     scales that its inputs ask for."""
     weight, spec = _dense(unit.tensors, "lm_head"), unit.spec
-    norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, plus_one=spec.norm_plus_one)
-    norm.weight = torch.nn.Parameter(_dense(unit.tensors, "norm"), requires_grad=False)
+    norm = final_norm(spec, _dense(unit.tensors, "norm"))
     inputs = Inputs(spec.hidden_size)
     for sample in hidden:
         inputs.add(rms_norm(sample, norm))

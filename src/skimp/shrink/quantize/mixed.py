@@ -5,10 +5,11 @@ must share a format) to each candidate, and measures what that does to the resid
 
     error = mean over tokens of |h' - h|^2 / |h|^2
 
-right behind the layer, for every candidate; and, for the worst one, at the end of the model, where
-a few perturbed windows have travelled through all later layers (later layers dilute some errors
-and feed on others). A candidate's damage is its error behind the layer times the growth to the end
-that was measured for its group. Small independent errors add up, so the choice is a
+right behind the layer, for every candidate; and, for the worst one, the KL divergence of the next
+token's distribution at the end of the model, where a few perturbed windows have travelled through
+all later layers (later layers dilute some errors and feed on others). A candidate's damage is that
+divergence, scaled as the errors behind the layer are. Small independent errors add up, so the
+choice is a
 multiple-choice knapsack: one candidate a group, least total damage, and no more bits, scales and
 zero points counted, than ``target_bits`` a weight. An integer program solves it to the optimum
 (HiGHS, Huangfu & Hall 2018, through SciPy).
@@ -16,28 +17,36 @@ zero points counted, than ``target_bits`` a weight. An integer program solves it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import ctypes
+import dataclasses
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
 
+from skimp.cost.work import item_bytes
 from skimp.errors import ShrinkError
 from skimp.formats.weight import QuantizedWeight, WeightFormat, quantize
-from skimp.kernels.plain import rms_norm
-from skimp.model.layers import RMSNorm
-from skimp.shrink.capture import GROUPS, LayerRunner, embedded
+from skimp.model.loading import parameter_shapes
+from skimp.shrink.capture import GROUPS, HeadRunner, LayerRunner, embedded
+from skimp.shrink.quantize.step import DENSE
 from skimp.shrink.step import UnitResult
 
 if TYPE_CHECKING:
     from skimp.model.spec import ModelSpec
     from skimp.shrink.step import Run, Unit
 
-STATE: Final = "mixed"
-DENSE: Final = "dense"
+STATE: Final = "mixed"  # the groups, as measured
+CHOSEN: Final = "mixed_chosen"  # a candidate's name for each
 PASSES: Final = 2  # one that looks, one that quantizes
-WINDOWS, WINDOW_TOKENS = 4, 128  # of the text that travel to the end, for each group
+SAMPLES: Final = 8  # of the text are looked at: it takes a forward a group and candidate
+WINDOWS, WINDOW_TOKENS = 4, 128  # of these travel to the end, for each group
 Rounder = Callable[[Tensor, WeightFormat], QuantizedWeight]
 
 
@@ -47,23 +56,26 @@ def format_name(format: WeightFormat | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Matrices that share a format; ``damage`` and ``bits`` (a weight) by candidate name."""
+    """Matrices that share a format; ``bits`` (a weight) and ``damage``, once it is measured, by
+    candidate name."""
 
     matrices: tuple[str, ...]
     weights: int
-    damage: Mapping[str, float]
     bits: Mapping[str, float]
+    damage: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision:
     """What a quantizing step holds to choose formats. ``candidates`` may contain None, which
     leaves a matrix as it is; ``lm_head`` counts an untied output matrix among those to choose
-    for; ``rounder`` is the method that stands in for the one used in the end."""
+    for; ``skip`` are matrices that are none of its business; ``rounder`` is the method that stands
+    in for the one used in the end."""
 
     target_bits: float
     candidates: tuple[WeightFormat | None, ...]
     lm_head: bool = False
+    skip: frozenset[str] = frozenset()
     rounder: Rounder = quantize
 
     def check(self, spec: ModelSpec) -> None:
@@ -76,29 +88,92 @@ class MixedPrecision:
             raise ShrinkError(f"candidates: {twice} is named twice")
         if self.lm_head and spec.tie_embeddings:
             raise ShrinkError("lm_head: it is the embedding table in this model")
+        _check_range(self.groups(spec), self.target_bits)
         _solver()
+
+    @property
+    def passes(self) -> int:
+        return PASSES
+
+    def extra_tokens(self, spec: ModelSpec) -> int:
+        """Tokens of the windows that travel along, at the last layer."""
+        return len(self.groups(spec)) * WINDOWS * WINDOW_TOKENS
+
+    def extra_bytes(self, spec: ModelSpec, layer_weights: int) -> int:
+        """Of memory at the worst unit: a layer as it is and one that is changed, in float32, beside
+        what rounding takes; or the output matrix twice and the logits of a sample."""
+        head = 3 * 4 * spec.vocab_size * spec.hidden_size if self.lm_head else 0
+        return max((2 * 4 + 5) * layer_weights, head)
+
+    def widest(self, spec: ModelSpec) -> dict[str, WeightFormat]:
+        """Of each matrix the format of most bits, short of leaving it dense, that it can get."""
+        forms = {c.name: c for c in self.candidates if c is not None}
+        found: dict[str, WeightFormat] = {}
+        for group in self.groups(spec):
+            names = [name for name in group.bits if name in forms]
+            if names:
+                most = max(names, key=lambda name: group.bits[name])
+                found |= dict.fromkeys(group.matrices, forms[most])
+        return found
+
+    def groups(self, spec: ModelSpec) -> list[Group]:
+        """What there is to choose for, nothing measured. Raises ShrinkError if no candidate fits a
+        matrix."""
+        shapes = parameter_shapes(spec)
+        names = [
+            tuple(f"layers.{layer}.{name}" for name in group)
+            for layer in range(spec.num_layers)
+            for group in GROUPS.values()
+        ]
+        names += [("lm_head",)] if self.lm_head else []
+        return [
+            self._group(group, [shapes[f"{n}.weight"] for n in group], item_bytes(spec.dtype))
+            for group in names
+            if group[0] not in self.skip
+        ]
+
+    def _group(
+        self, names: tuple[str, ...], shapes: Sequence[Sequence[int]], dense_bytes: int
+    ) -> Group:
+        """Candidates whose groups do not fit the inputs are left out."""
+        width = shapes[0][1]
+        bits: dict[str, float] = {}
+        for candidate in self.candidates:
+            if candidate is None:
+                bits[DENSE] = 8.0 * dense_bytes
+            elif candidate.group_size is None or width % candidate.group_size == 0:
+                bits[candidate.name] = candidate.bits_per_weight(width)
+        if not bits:
+            raise ShrinkError(f"candidates: no group_size divides the {width} inputs of {names[0]}")
+        weights = sum(math.prod(shape) for shape in shapes)
+        return Group(matrices=names, weights=weights, bits=bits)
 
     def look(self, unit: Unit, run: Run) -> UnitResult:
         """A visit of the first pass: adds this unit's groups to ``run.state``."""
         if run.tokens is None:
             raise ShrinkError("calibration: mixed precision measures activations and needs a text")
-        found = run.state.setdefault(STATE, [])
         if unit.name == "embed":
-            found.clear()
-            return UnitResult(tensors=None, hidden=embedded(unit.spec, unit.tensors, run.tokens))
+            run.state[STATE] = []
+            hidden = embedded(unit.spec, unit.tensors, run.tokens[:SAMPLES])
+            return UnitResult(tensors=None, hidden=hidden)
         assert run.hidden is not None
-        samples, width = len(run.tokens), min(WINDOW_TOKENS, run.tokens.shape[1])
+        found = run.state[STATE]
+        samples, width = min(SAMPLES, len(run.tokens)), min(WINDOW_TOKENS, run.tokens.shape[1])
         text = run.hidden[:samples]
         windows = min(WINDOWS, samples)
         travellers = _unpacked(run.hidden[samples:], len(found) * windows, width)
         if unit.layer is None:
-            self._arrive(unit, found, text[:windows, :width], travellers)
+            base = text[:windows, :width]
+            self._arrive(unit, found, base, travellers)
             if self.lm_head:
-                found.append(self._look_at_head(unit, text))
+                found.append(self._look_at_head(unit, base))
+            self._choose(run)
             return UnitResult(tensors=None)
         runner = LayerRunner(unit.spec, unit.layer, unit.tensors)
         base, travellers = runner.forward(text), [runner.forward(w[None]) for w in travellers]
         for names in _groups(unit):
+            if names[0] in self.skip:
+                continue
             weights = [_dense(unit, name) for name in names]
             worst = base, -1.0
 
@@ -117,50 +192,53 @@ class MixedPrecision:
             found.append(self._entry(names, weights, damage))
             # A token sees none behind it, so the start of a sample is a window of its own.
             travellers += worst[0][:windows, :width].split(1)
-        return UnitResult(
-            tensors=None, hidden=torch.cat((base, _packed(travellers, base.shape[1])))
-        )
+        if travellers:
+            base = torch.cat((base, _packed(travellers, base.shape[1])))
+        return UnitResult(tensors=None, hidden=base)
 
     def _arrive(
         self, unit: Unit, found: list[dict[str, Any]], base: Tensor, travellers: list[Tensor]
     ) -> None:
-        """Scale every group's damages by the growth of its error, behind the final norm."""
-        norm = _final_norm(unit)
-        end = rms_norm(base, norm)
-        for i, entry in enumerate(found):
-            mine = torch.stack(travellers[i * len(base) : (i + 1) * len(base)])
+        """Turn every group's errors into divergences of the model's output."""
+        matrix = unit.table if unit.table is not None else unit.tensors["lm_head.weight"]
+        head = HeadRunner(unit.spec, _dense(unit, "norm"), matrix)
+        harm = [0.0] * len(found)
+        for window, hidden in enumerate(base):
+            right = head.log_probs(hidden)
+            for i in range(len(found)):
+                theirs = head.log_probs(travellers[i * len(base) + window])
+                harm[i] += divergence(right, theirs) / len(base)
+        for entry, kl in zip(found, harm):
             worst = max(entry["damage"].values())
             if worst > 0:
-                growth = relative_error(end, rms_norm(mine, norm)) / worst
-                entry["damage"] = {name: d * growth for name, d in entry["damage"].items()}
+                entry["damage"] = {name: d * kl / worst for name, d in entry["damage"].items()}
+
+    def _choose(self, run: Run) -> None:
+        groups = [Group(**entry) for entry in run.state[STATE]]
+        run.state[CHOSEN] = chosen = allocate(groups, self.target_bits)
+        counts = Counter(name for g, name in zip(groups, chosen) for _ in g.matrices)
+        what = ", ".join(f"{counts[n]} x {n}" for n in sorted(counts))
+        bits = average_bits(groups, chosen)
+        run.note(f"mixed precision: {what}; {bits:.4f} bits a weight on average")
 
     def formats(self, state: Mapping[str, Any]) -> dict[str, WeightFormat]:
         """The format of every matrix that gets one, once the first pass is through."""
-        groups = [
-            Group(**{**entry, "matrices": tuple(entry["matrices"])}) for entry in state[STATE]
-        ]
         by_name = {format_name(c): c for c in self.candidates}
-        chosen = allocate(groups, self.target_bits)
         return {
             matrix: form
-            for group, name in zip(groups, chosen)
-            for matrix in group.matrices
+            for entry, name in zip(state[STATE], state[CHOSEN], strict=True)
+            for matrix in entry["matrices"]
             if (form := by_name[name]) is not None
         }
 
-    def _look_at_head(self, unit: Unit, hidden: Tensor) -> dict[str, Any]:
-        norm = _final_norm(unit)
-        weight = _dense(unit, "lm_head")
+    def _look_at_head(self, unit: Unit, base: Tensor) -> dict[str, Any]:
+        weight, norm = _dense(unit, "lm_head"), _dense(unit, "norm")
+        right = HeadRunner(unit.spec, norm, weight)
 
         def damage(format: WeightFormat) -> float:
-            low = self.rounder(weight, format).dequantize()
-            errors = []
-            for sample in hidden:  # a sample's logits at a time
-                x = rms_norm(sample, norm)
-                base = x @ weight.float().T
-                middle = base.mean(-1, keepdim=True)  # softmax sees no common shift
-                errors.append(relative_error(base - middle, x @ low.T - middle))
-            return sum(errors) / len(errors)
+            low = HeadRunner(unit.spec, norm, self.rounder(weight, format))
+            kl = [divergence(right.log_probs(h), low.log_probs(h)) for h in base]
+            return sum(kl) / len(kl)
 
         return self._entry(("lm_head",), [weight], damage)
 
@@ -170,21 +248,11 @@ class MixedPrecision:
         weights: Sequence[Tensor],
         damage: Callable[[WeightFormat], float],
     ) -> dict[str, Any]:
-        """A :class:`Group` as JSON. Candidates whose groups do not fit the inputs are left out."""
-        width = weights[0].shape[1]
-        damages: dict[str, float] = {}
-        bits: dict[str, float] = {}
-        for candidate in self.candidates:
-            name = format_name(candidate)
-            if candidate is None:
-                damages[name], bits[name] = 0.0, 8.0 * weights[0].dtype.itemsize
-            elif candidate.group_size is None or width % candidate.group_size == 0:
-                damages[name] = damage(candidate)
-                bits[name] = candidate.bits_per_weight(width)
-        if not damages:
-            raise ShrinkError(f"candidates: no group_size divides the {width} inputs of {names[0]}")
-        count = sum(w.numel() for w in weights)
-        return {"matrices": list(names), "weights": count, "damage": damages, "bits": bits}
+        """A :class:`Group` as JSON."""
+        group = self._group(names, [w.shape for w in weights], weights[0].dtype.itemsize)
+        by_name = {format_name(c): c for c in self.candidates}
+        measured = {n: 0.0 if (c := by_name[n]) is None else damage(c) for n in group.bits}
+        return dataclasses.asdict(dataclasses.replace(group, damage=measured))
 
 
 def relative_error(base: Tensor, changed: Tensor) -> float:
@@ -194,22 +262,18 @@ def relative_error(base: Tensor, changed: Tensor) -> float:
     return float((error / base.double().square().sum(-1).clamp(min=1e-30)).mean())
 
 
+def divergence(right: Tensor, other: Tensor) -> float:
+    """Mean KL over rows of log-probabilities [T, V]."""
+    return float((right.exp() * (right - other)).sum(-1).mean())
+
+
 def allocate(groups: Sequence[Group], target_bits: float) -> list[str]:
     """The candidate's name for each group: least damage within ``target_bits`` a weight on
     average. Raises ShrinkError naming target_bits, with the range there is, if none fits."""
     import numpy as np
 
+    _check_range(groups, target_bits)
     total = sum(group.weights for group in groups)
-    if not total:
-        raise ShrinkError("quantize: there is no matrix to choose a format for")
-    least, most = (
-        sum(pick(g.bits.values()) * g.weights for g in groups) / total for pick in (min, max)
-    )
-    if not least <= target_bits + 1e-9 or target_bits > most + 1e-9:
-        raise ShrinkError(
-            f"target_bits: {target_bits:g} is outside {least:.4g} to {most:.4g}, what the "
-            "candidates allow on average"
-        )
     optimize, sparse = _solver()
     pairs = [(i, name) for i, group in enumerate(groups) for name in group.damage]
     costs = np.array([groups[i].damage[name] for i, name in pairs])
@@ -220,20 +284,58 @@ def allocate(groups: Sequence[Group], target_bits: float) -> list[str]:
         (np.ones(len(pairs)), ([i for i, _ in pairs], range(len(pairs)))),
         shape=(len(groups), len(pairs)),
     )
-    found = optimize.milp(
-        costs,
-        integrality=np.ones(len(pairs)),
-        bounds=optimize.Bounds(0, 1),
-        constraints=[
-            optimize.LinearConstraint(one, 1, 1),
-            optimize.LinearConstraint(share[None, :], -np.inf, 100 * target_bits + 1e-7),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _silent_stdout():
+        found = optimize.milp(
+            costs,
+            integrality=np.ones(len(pairs)),
+            bounds=optimize.Bounds(0, 1),
+            constraints=[
+                optimize.LinearConstraint(one, 1, 1),
+                optimize.LinearConstraint(share[None, :], -np.inf, 100 * target_bits + 1e-7),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
     if not found.success:
         raise ShrinkError(f"target_bits: {target_bits:g} could not be met: {found.message}")
     chosen = {i: name for (i, name), x in zip(pairs, found.x) if x > 0.5}
     return [chosen[i] for i in range(len(groups))]
+
+
+def _check_range(groups: Sequence[Group], target_bits: float) -> None:
+    total = sum(group.weights for group in groups)
+    if not total:
+        raise ShrinkError("exclude: it leaves no matrix to choose a format for")
+    least, most = (
+        sum(pick(g.bits.values()) * g.weights for g in groups) / total for pick in (min, max)
+    )
+    if not least <= target_bits + 1e-9 or target_bits > most + 1e-9:
+        raise ShrinkError(
+            f"target_bits: {target_bits:g} is outside {least:.4g} to {most:.4g}, what the "
+            "candidates allow on average"
+        )
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Nothing of what C code prints. HiGHS 1.12 leaves a line of debugging on stdout, whatever it
+    is told, now and then; it would spoil ``--json``."""
+    print(end="", flush=True)
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    flush = ctypes.CDLL(None).fflush
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        flush(None)
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def average_bits(groups: Sequence[Group], names: Sequence[str]) -> float:
@@ -261,13 +363,6 @@ def _dense(unit: Unit, name: str) -> Tensor:
     if isinstance(tensor, QuantizedWeight):
         raise ShrinkError(f"quantize: {name} is {tensor.format.name} already")
     return tensor
-
-
-def _final_norm(unit: Unit) -> RMSNorm:
-    spec = unit.spec
-    norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, plus_one=spec.norm_plus_one)
-    norm.weight = torch.nn.Parameter(_dense(unit, "norm"), requires_grad=False)
-    return norm
 
 
 def _packed(windows: Sequence[Tensor], length: int) -> Tensor:

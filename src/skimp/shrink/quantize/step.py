@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from skimp.errors import ShrinkError
+from skimp.errors import ShrinkError, shown
 from skimp.formats.weight import QuantizedWeight, WeightFormat
 from skimp.shrink.step import Axis, Need, UnitResult
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from skimp.model.spec import ModelSpec
+    from skimp.shrink.quantize.mixed import MixedPrecision
     from skimp.shrink.step import Run, Tensors, Unit
 
 GROUPS: Final = (
@@ -27,6 +28,21 @@ GROUPS: Final = (
 )  # share their input, so a backend fuses them and they share a format
 GPTQ_ONLY: Final = ("damping", "block", "act_order")
 CALIBRATED: Final = ("gptq", "awq")
+UNIFORM_ONLY: Final = ("format", "group_size", "symmetric", "activations")
+DENSE: Final = "dense"  # the candidate that leaves a matrix as it is
+DEFAULT_CANDIDATES: Final = ("int4-g128-asym", "int4-g64-asym", "int4-g32-asym", "int8")
+
+
+def _known(name: str) -> str:
+    if name != DENSE:
+        try:
+            WeightFormat.named(name)
+        except ValueError:
+            raise ValueError(
+                f"{shown(name)} is no format; write int4-g128 (any group size), "
+                f"int4-g128-asym, int8, int8-a8, fp8, fp8-afp8 or {DENSE}"
+            ) from None
+    return name
 
 
 class Quantize(BaseModel):
@@ -34,8 +50,12 @@ class Quantize(BaseModel):
 
     ``group_size`` is that of int4 (default 128, null: a scale an output). ``symmetric`` defaults
     to true, but for HQQ in int4, whose point are the zero points. ``activations`` int8 with int8
-    is W8A8, fp8 with fp8 the FP8_DYNAMIC of other tools. ``exclude`` has shell patterns over
-    names such as ``layers.3.ffn.down_proj``.
+    is W8A8, with int4 W4A8; fp8 with fp8 is the FP8_DYNAMIC of other tools.
+    ``exclude`` has shell patterns over names such as ``layers.3.ffn.down_proj``.
+
+    ``target_bits`` in place of ``format`` is mixed precision: each matrix gets one of the
+    ``candidates``, those that harm least among all choices of so many bits a weight on average,
+    scales and zero points counted; ``dense`` leaves a matrix as it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +63,9 @@ class Quantize(BaseModel):
     axis: ClassVar[Axis] = "weights"
     lossy: ClassVar[bool] = True
 
-    format: Literal["bf16", "int8", "int4", "fp8"]
+    format: Literal["bf16", "int8", "int4", "fp8"] | None = None
+    target_bits: float | None = Field(default=None, gt=0, le=64)
+    candidates: tuple[Annotated[str, AfterValidator(_known)], ...] = DEFAULT_CANDIDATES
     method: Literal["rtn", "hqq", "gptq", "awq"] = "rtn"
     group_size: int | None = Field(default=None, ge=16)
     symmetric: bool | None = None
@@ -60,6 +82,12 @@ class Quantize(BaseModel):
         for name in GPTQ_ONLY:
             if name in given and self.method != "gptq":
                 raise ValueError(f"{name}: only method gptq has it, not {self.method}")
+        if self.target_bits is not None:
+            return self._consistent_mixed()
+        if self.format is None:
+            raise ValueError("format: missing; this step needs it, or target_bits")
+        if "candidates" in given:
+            raise ValueError("candidates: they go with target_bits, not with format")
         if self.format == "bf16":
             extra = sorted(given - {"format"})
             if extra:
@@ -68,9 +96,24 @@ class Quantize(BaseModel):
             raise ValueError(f"group_size: {self.format} has a scale an output and no groups")
         if self.symmetric is False and self.format != "int4":
             raise ValueError(f"symmetric: {self.format} weights have no zero point")
-        pair = {"int8": "int8", "fp8": "fp8"}.get(self.activations)
-        if pair is not None and self.format != pair:
-            raise ValueError(f"activations: {self.activations} goes with {pair}, not {self.format}")
+        pairs = {"int8": ("int8", "int4"), "fp8": ("fp8",)}.get(self.activations)
+        if pairs is not None and self.format not in pairs:
+            raise ValueError(
+                f"activations: {self.activations} goes with {' or '.join(pairs)}, not {self.format}"
+            )
+        return self
+
+    def _consistent_mixed(self) -> Self:
+        for name in UNIFORM_ONLY:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name}: target_bits is given, so candidates say it")
+        if not self.candidates:
+            raise ValueError("candidates: there is none")
+        twice = next((n for n in self.candidates if self.candidates.count(n) > 1), None)
+        if twice is not None:
+            raise ValueError(f"candidates: {twice} is named twice")
+        if "embed_tokens" in self.include:
+            raise ValueError("include: embed_tokens has no inputs that target_bits could measure")
         return self
 
     @property
@@ -78,19 +121,21 @@ class Quantize(BaseModel):
         """Of every targeted matrix; None for bf16."""
         if self.format == "bf16":
             return None
+        activations = None if self.activations == "none" else self.activations
         if self.format in ("int8", "fp8"):
             kind: Literal["int", "float"] = "int" if self.format == "int8" else "float"
-            activations = None if self.activations == "none" else self.activations
             return WeightFormat(kind=kind, bits=8, activations=activations)
         size = self.group_size if "group_size" in self.model_fields_set else 128
         symmetric = self.method != "hqq" if self.symmetric is None else self.symmetric
-        return WeightFormat(kind="int", bits=4, group_size=size, symmetric=symmetric)
+        return WeightFormat(
+            kind="int", bits=4, group_size=size, symmetric=symmetric, activations=activations
+        )
 
     # ---- plan -----------------------------------------------------------------------------
 
     def need(self, spec: ModelSpec) -> Need:
-        formats = self.formats(spec)
-        if not formats:
+        targets = self.formats(spec) if self.target_bits is None else self._targets(spec)
+        if not targets and self.target_bits is None:
             return Need()
         mixers = [layer.mixer for layer in spec.layers]
         widest = max(spec.hidden_size, *(layer.ffn.intermediate_size for layer in spec.layers))
@@ -98,25 +143,53 @@ class Quantize(BaseModel):
             spec.hidden_size * (2 * m.q_dim + 2 * m.kv_dim + 3 * s.ffn.intermediate_size)
             for m, s in zip(mixers, spec.layers)
         )
-        if self.method not in CALIBRATED:
-            return Need(extra_bytes=5 * layer)
-        # The layer in float32, moments and their factors in float64.
-        return Need(calibration=True, extra_bytes=3 * 4 * layer + 6 * 8 * widest**2)
+        extra = 5 * layer
+        if self.method in CALIBRATED:
+            # The layer in float32, moments and their factors in float64.
+            extra = 3 * 4 * layer + 6 * 8 * widest**2
+        if self.target_bits is None:
+            return Need(calibration=self.method in CALIBRATED, extra_bytes=extra)
+        mixed = self._mixed(spec)
+        mixed.check(spec)
+        return Need(
+            passes=mixed.passes,
+            calibration=True,
+            extra_bytes=max(extra, mixed.extra_bytes(spec, layer)),
+            extra_tokens=mixed.extra_tokens(spec),
+            open_bits=dict.fromkeys(targets, self.target_bits),
+            choices=", ".join(self.candidates),
+        )
 
     def planned_spec(self, spec: ModelSpec) -> ModelSpec:
-        formats = self.formats(spec)
+        """For mixed precision with the most bits that each matrix could get."""
         if self.format == "bf16":
             return dataclasses.replace(spec, dtype="bfloat16")
+        formats = self.formats(spec) if self.target_bits is None else self._mixed(spec).widest(spec)
         return dataclasses.replace(spec, formats={**spec.formats, **formats})
 
     def output_spec(self, spec: ModelSpec, state: Mapping[str, Any]) -> ModelSpec:
-        return self.planned_spec(spec)
+        if self.target_bits is None:
+            return self.planned_spec(spec)
+        chosen = self._mixed(spec).formats(state)
+        return dataclasses.replace(spec, formats={**spec.formats, **chosen})
 
     def formats(self, spec: ModelSpec) -> dict[str, WeightFormat]:
-        """What each targeted matrix becomes. Raises ShrinkError, naming the field, if the model
-        cannot take it."""
+        """What each targeted matrix becomes, without mixed precision. Raises ShrinkError, naming
+        the field, if the model cannot take it."""
         form = self.weight_format
+        targets = self._targets(spec)
         if form is None:
+            return {}
+        for name, width in targets.items():
+            if form.group_size is not None and width % form.group_size:
+                raise ShrinkError(
+                    f"group_size: {name} has {width} inputs, no multiple of {form.group_size}"
+                )
+        return dict.fromkeys(targets, form)
+
+    def _targets(self, spec: ModelSpec) -> dict[str, int]:
+        """Inputs of each matrix that shall become low-bit. Raises ShrinkError."""
+        if self.format == "bf16":
             return {}
         shapes = _inputs(spec)
         if "lm_head" in self.include and spec.tie_embeddings:
@@ -139,14 +212,24 @@ class Quantize(BaseModel):
                     raise ShrinkError(
                         f"exclude: {left} shares its input with {inside[0]}, so both or neither"
                     )
-        for name, width in chosen.items():
+        for name in chosen:
             if name in spec.formats:
                 raise ShrinkError(f"quantize: {name} is {spec.formats[name].name} already")
-            if form.group_size is not None and width % form.group_size:
-                raise ShrinkError(
-                    f"group_size: {name} has {width} inputs, no multiple of {form.group_size}"
-                )
-        return dict.fromkeys(chosen, form)
+        return chosen
+
+    def _mixed(self, spec: ModelSpec) -> MixedPrecision:
+        from skimp.shrink.quantize.mixed import MixedPrecision
+
+        assert self.target_bits is not None
+        targets = self._targets(spec)
+        forms = (None if name == DENSE else WeightFormat.named(name) for name in self.candidates)
+        return MixedPrecision(
+            target_bits=self.target_bits,
+            candidates=tuple(forms),
+            lm_head="lm_head" in targets,
+            skip=frozenset(_inputs(spec)) - targets.keys(),
+            rounder=self._blind,
+        )
 
     # ---- run ------------------------------------------------------------------------------
 
@@ -155,7 +238,12 @@ class Quantize(BaseModel):
 
         if self.format == "bf16":
             return UnitResult(tensors=_cast(unit.tensors))
-        formats = self.formats(unit.spec)
+        if self.target_bits is None:
+            formats = self.formats(unit.spec)
+        elif run.pass_index == 0:
+            return self._mixed(unit.spec).look(unit, run)
+        else:
+            formats = self._mixed(unit.spec).formats(run.state)
         calibrated = self.method in CALIBRATED
         if calibrated and run.tokens is None:
             raise ShrinkError(f"calibration: {self.method} measures activations and needs a text")
