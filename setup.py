@@ -20,7 +20,7 @@ else:
             extra_compile_args=[
                 "-O3",
                 "-std=c++20",
-                "-ffp-contract=fast",  # multiply-add wherever the CPU has one
+                "-ffp-contract=off",  # code says where: bits must not depend on the compiler
                 "-fvisibility=hidden",
                 "-pthread",
                 "-Wno-psabi",

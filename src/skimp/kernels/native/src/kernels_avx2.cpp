@@ -1,5 +1,7 @@
 // Kernels for CPUs with AVX2 and FMA: 16 registers of 8 floats.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>

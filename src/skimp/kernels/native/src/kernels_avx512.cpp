@@ -1,5 +1,7 @@
 // Kernels for CPUs with AVX-512 but no BF16 products: 32 registers of 16 floats.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -56,14 +56,14 @@ SKIMP_INLINE float inverse_rms(const float* x, int n, float eps) {
   for (; i + 4 * VW <= n; i += 4 * VW) {
     const vf x0 = load<vf>(x + i), x1 = load<vf>(x + i + VW);
     const vf x2 = load<vf>(x + i + 2 * VW), x3 = load<vf>(x + i + 3 * VW);
-    a += x0 * x0;
-    b += x1 * x1;
-    c += x2 * x2;
-    d += x3 * x3;
+    a = fma(x0, x0, a);
+    b = fma(x1, x1, b);
+    c = fma(x2, x2, c);
+    d = fma(x3, x3, d);
   }
   for_vectors(n - i, [&](int j, int count) {
     const vf v = load_part(x + i + j, count);
-    a += v * v;
+    a = fma(v, v, a);
   });
   return 1.0f / std::sqrt(sum((a + b) + (c + d)) / static_cast<float>(n) + eps);
 }

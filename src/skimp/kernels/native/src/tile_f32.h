@@ -26,13 +26,15 @@ SKIMP_INLINE void accumulate_f32(const float* x, int64_t x_stride, const uint32_
         const vu pair = load<vu>(at);
         const vf even = (vf)(pair << 16), odd = (vf)(pair & 0xffff0000u);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) sum[r][pv] += even * x[r * x_stride + 2 * line];
+        for (int r = 0; r < R; ++r) sum[r][pv] = fma(even, x[r * x_stride + 2 * line], sum[r][pv]);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) sum[r][pv] += odd * x[r * x_stride + 2 * line + 1];
+        for (int r = 0; r < R; ++r)
+          sum[r][pv] = fma(odd, x[r * x_stride + 2 * line + 1], sum[r][pv]);
       } else {
         const vf value = load<vf>(at);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) sum[r][pv] += value * x[r * x_stride + line];
+        for (int r = 0; r < R; ++r)
+          sum[r][pv] = fma(value, x[r * x_stride + line], sum[r][pv]);
       }
     }
   }
