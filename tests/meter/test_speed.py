@@ -53,10 +53,10 @@ def test_every_timed_step_generates_for_every_sequence(prefix_cache: bool) -> No
     engine = make_engine(prefix_cache=prefix_cache)
     prompts = [random_prompt(random.Random(i), SPEC.vocab_size, 40) for i in range(3)]
     times, contexts = time_generation(engine, prompts, 7)
-    assert len(times) == 7
+    assert len(times) == 4
     assert all(t > 0 for t in times)
-    # Half-way through: four of the seven steps, and the head start of the earlier sequences.
-    assert min(contexts) >= 44
+    # Half-way through the later half: five of the steps, and the head start of earlier sequences.
+    assert min(contexts) >= 45
     assert max(contexts) < 60
     assert not engine.has_unfinished()
 
@@ -78,7 +78,7 @@ def test_bench_interleaves_rounds_and_reports_the_median() -> None:
     assert seen[3].startswith("batch 3, context 30: round 1")
     for result, case in zip(results, cases):
         assert result.case == case
-        assert result.samples == 6
+        assert result.samples == 4
         assert len(result.contexts) == case.batch
         found = result.as_dict()
         assert found["tokens_per_s"] == pytest.approx(case.batch / found["ms_per_step"] * 1e3)

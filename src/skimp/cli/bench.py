@@ -27,7 +27,9 @@ def bench(
             help="Tokens before generation; 128,1k or repeated.", metavar="N", show_default="128"
         ),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Steps timed a round.", metavar="N")] = 64,
+    new_tokens: Annotated[
+        int, typer.Option(help="Steps a round, of which the later half is timed.", metavar="N")
+    ] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds, all cases in turn.", metavar="N")] = 5,
     random_weights: Annotated[
         str | None,
@@ -118,7 +120,7 @@ def _print(name: str, results: list[SpeedResult]) -> None:
     first = results[0]
     title = (
         f"{name}: {first.dtype}, {first.device} ({first.backend} kernels, {first.threads} threads)"
-        f", {first.rounds} rounds of {first.case.new_tokens} steps\n{first.hardware}"
+        f", {first.rounds} rounds of {first.samples // first.rounds} steps\n{first.hardware}"
     )
     columns = [
         "batch x context", "tokens/s", "ms/step", "spread", "predicted", "limit", "of limit",

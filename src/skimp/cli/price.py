@@ -61,7 +61,9 @@ def price(
     template: asking.Template = None,
     stop: asking.Stop = None,
     chat: asking.Chat = False,
-    new_tokens: Annotated[int, typer.Option(help="Steps timed a round.", metavar="N")] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(help="Steps a round, of which the later half is timed.", metavar="N")
+    ] = 48,
     rounds: Annotated[int, typer.Option(help="Rounds, models in turn.", metavar="N")] = 5,
     dtype: opt.DType = "auto",
     device: opt.Device = "cpu",

@@ -58,13 +58,13 @@ class Probe:
         return [random_prompt(self.rng, self.work.embedding_rows, context) for _ in range(batch)]
 
     def step_s(self, batch: int, context: int) -> float:
-        """The median of a few steps, after as many others: what almost fits a cache settles in it
-        only after several, and what does not fit never does."""
+        """The median of a few steps. What almost fits a cache settles in it only after several
+        others, and what does not fit never does."""
         from skimp.meter.speed import time_generation
 
         steps = 16 if batch <= 8 and self.work.resident_weight_bytes < SETTLES else 6
-        times = time_generation(self.engine, self.prompts(batch, context), steps)[0]
-        return statistics.median(times[steps // 2 :])
+        times, _ = time_generation(self.engine, self.prompts(batch, context), steps)
+        return statistics.median(times)
 
     def prefill_s(self, context: int) -> float:
         from skimp.meter.speed import time_prefill

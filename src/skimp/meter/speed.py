@@ -4,7 +4,9 @@ A case is a batch and a context. One round of it:
 
 1. ``batch`` fresh prompts of ``context`` random tokens are answered with one token each: prefill.
 2. The same prompts come again (the prefix tree makes their second prefill cheap; without one they
-   are simply computed again). Once every sequence is generating, whole steps are timed one by one.
+   are simply computed again). Once every sequence is generating, steps are timed one by one, and
+   the later half of them counts: a long answer reads what weights fit a processor's cache from
+   there, and after other work they come back to it only within several steps.
 
 Rounds of all cases, and of all engines that are compared, are interleaved, so that a slow minute
 of a shared machine hits them alike.
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is timed: ``new_tokens`` steps of ``batch`` sequences from ``context`` tokens on."""
+    """``batch`` sequences gain ``new_tokens`` tokens each from ``context`` tokens on, and the later
+    half of those steps is timed."""
 
     batch: int
     context: int
@@ -44,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round of one case, in seconds; ``contexts`` are those half-way through the steps."""
+    """One round of one case, in seconds; ``contexts`` are those half-way through ``step_s``."""
 
     prefill_s: float
     step_s: tuple[float, ...]
@@ -190,8 +193,9 @@ def time_prefill(engine: Engine, prompts: Sequence[list[int]]) -> float:
 def time_generation(
     engine: Engine, prompts: Sequence[list[int]], steps: int
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """Seconds of each of ``steps`` steps in which every prompt gains a token, and the contexts
-    half-way through them. Raises ValueError if the engine's context ends before."""
+    """Seconds of each of the later half of ``steps`` steps in which every prompt gains a token,
+    and the contexts half-way through that half. Raises ValueError if the engine's context ends
+    before."""
     from skimp.decoding.params import SamplingParams
 
     # Sequences start a few steps apart; each may run until the last one has been timed.
@@ -199,6 +203,7 @@ def time_generation(
     ids = [engine.add_request(prompt, params) for prompt in prompts]
     lengths = dict.fromkeys(ids, 0)
     times: list[float] = []
+    early = steps // 2
     middle: tuple[int, ...] = ()
     try:
         while len(times) < steps:
@@ -217,14 +222,14 @@ def time_generation(
                     )
             if generating:
                 times.append(took)
-                if len(times) == (steps + 1) // 2:
+                if len(times) == early + (steps - early + 1) // 2:
                     middle = tuple(len(p) + n for p, n in zip(prompts, lengths.values()))
     finally:
         for request_id in ids:
             engine.abort(request_id)
         while engine.has_unfinished():  # hands out what the aborts left
             engine.step()
-    return tuple(times), middle
+    return tuple(times[early:]), middle
 
 
 def _result(

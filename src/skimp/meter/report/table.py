@@ -60,8 +60,9 @@ def tables(price: Price) -> tuple[Table, ...]:
         rows=tuple(line for row in rows for line in _speed(row)),
         note=(
             f"{first.device}, {_each(rows, 'dtype')}, {_each(rows, 'backend')} kernels, "
-            f"{first.threads} threads; medians of {first.rounds} rounds of {first.case.new_tokens} "
-            f"steps, {turns}; spread is (slowest - fastest) / median; {first.hardware}"
+            f"{first.threads} threads; medians of {first.rounds} rounds of "
+            f"{first.samples // first.rounds} steps, {turns}; spread is (slowest - fastest) / "
+            f"median; {first.hardware}"
         ),
     )
     return (loss, *([_scores(rows)] if price.base.tasks else []), _sizes(rows), speed)
