@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from skimp.meter.quality import Block, QualityResult, Reading, bootstrap, read_text, windows
 
@@ -94,12 +94,25 @@ class Comparison:
         }
 
 
-def divergence(base: Engine, other: Engine, text: str, **options: Any) -> DivergenceResult:
+class ReadingOptions(TypedDict, total=False):
+    """How :func:`compare_all` reads a text."""
+
+    context: int | None
+    max_bytes: int | None
+    seed: int
+    progress: Callable[[int, int], None] | None
+
+
+def divergence(
+    base: Engine, other: Engine, text: str, **options: Unpack[ReadingOptions]
+) -> DivergenceResult:
     """KL(base || other) over ``text``; see :func:`compare_quality`."""
     return compare_quality(base, other, text, **options).divergence
 
 
-def compare_quality(base: Engine, other: Engine, text: str, **options: Any) -> Comparison:
+def compare_quality(
+    base: Engine, other: Engine, text: str, **options: Unpack[ReadingOptions]
+) -> Comparison:
     """Bits per byte of both models, their paired difference and their divergence over ``text``;
     see :func:`compare_all`."""
     return compare_all(base, [other], text, **options)[0]

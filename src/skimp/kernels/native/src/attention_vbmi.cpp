@@ -13,33 +13,12 @@
 SKIMP_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,fma")
 #include "attention_avx512.h"
 #include "attention_codes_bf16.h"
+#include "code_bytes.h"
 
 namespace skimp {
 namespace {
 
-// The two bytes of the bf16 number that each magnitude of a code stands for.
-struct Magnitudes {
-  alignas(64) uint8_t low[128], high[128];
-};
-
-constexpr Magnitudes magnitudes(int format) {
-  Magnitudes table{};
-  for (int i = 1; i < 128; ++i) {
-    // i is mantissa * 2^power, the mantissa of less than 8 bits.
-    int mantissa = i, power = 0;
-    if (format == CACHE_FP8) {
-      mantissa = i < 8 ? i : 8 | (i & 7);
-      power = (i < 8 ? 1 : i >> 3) - 10;
-    }
-    while (mantissa < 128) mantissa *= 2, --power;
-    const int bits = (power + 7 + 127) << 7 | (mantissa & 127);
-    table.low[i] = static_cast<uint8_t>(bits);
-    table.high[i] = static_cast<uint8_t>(bits >> 8);
-  }
-  return table;
-}
-
-constexpr Magnitudes INT8_TABLE = magnitudes(CACHE_INT8), FP8_TABLE = magnitudes(CACHE_FP8);
+constexpr CodeBytes INT8_TABLE = int8_bytes(), FP8_TABLE = e4m3_bytes(false);
 
 // Four rows of sixteen bytes, so that unpacking two vectors of theirs gives two lines: pairs of
 // rows a and b, and of c and d.
@@ -73,14 +52,9 @@ inline Lines unpack(__m512i low, __m512i high) {
 
 template <int FORMAT>
 inline Lines look_up(__m512i x) {
-  const Magnitudes& table = FORMAT == CACHE_INT8 ? INT8_TABLE : FP8_TABLE;
+  const CodeBytes& table = FORMAT == CACHE_INT8 ? INT8_TABLE : FP8_TABLE;
   const __m512i index = FORMAT == CACHE_INT8 ? _mm512_abs_epi8(x) : x;  // its sign is not read
-  const __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), index,
-                                               _mm512_load_si512(table.low + 64));
-  const __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), index,
-                                                _mm512_load_si512(table.high + 64));
-  // high | x & 0x80
-  return unpack(low, _mm512_ternarylogic_epi32(high, x, _mm512_set1_epi8(-128), 0xf8));
+  return unpack(look_up(table.low, index), look_up_high(table, index, x));
 }
 
 // Nibbles, in the low halves of bytes.

@@ -15,6 +15,7 @@
 SKIMP_TARGET(
     "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,prefer-vector-width=512")
 
+#include "code_bytes.h"
 #include "lowbit_avx512.h"
 
 namespace skimp {
@@ -30,34 +31,7 @@ struct Bf16Pairs {
   SKIMP_FORCE __m512 to_float(Sum sum) { return sum; }
 };
 
-// High and low bytes of the BF16 numbers that the 128 non-negative E4M3 ones are.
-struct Tables {
-  alignas(64) uint8_t high[128], low[128];
-};
-
-constexpr Tables make_tables() {
-  Tables tables{};
-  for (int i = 0; i < 128; ++i) {
-    const int exponent = i >> 3, mantissa = i & 7;
-    int bits = (exponent + 120) << 7 | mantissa << 4;
-    if (exponent == 0) {  // mantissa * 2^-9
-      bits = 0;
-      for (int bit = 0; bit < 3; ++bit)
-        if (mantissa >> bit & 1) bits = (127 - 9 + bit) << 7 | (mantissa << (7 - bit) & 127);
-    }
-    if (i == 127) bits = 0x7fc0;
-    tables.high[i] = static_cast<uint8_t>(bits >> 8);
-    tables.low[i] = static_cast<uint8_t>(bits & 255);
-  }
-  return tables;
-}
-
-constexpr Tables TABLES = make_tables();
-
-SKIMP_FORCE __m512i look_up(const uint8_t* table, __m512i index) {
-  return _mm512_permutex2var_epi8(_mm512_load_si512(table), index,
-                                  _mm512_load_si512(table + 64));
-}
+constexpr CodeBytes TABLE = e4m3_bytes(true);
 
 struct Fp8Pairs {
   using Product = Bf16Pairs;
@@ -66,10 +40,7 @@ struct Fp8Pairs {
   template <int I>
   SKIMP_FORCE __m512i take(__m512i line) {
     constexpr __mmask64 ODD = 0xaaaaaaaaaaaaaaaaull;
-    const __m512i low = look_up(TABLES.low, line);
-    // high | (line & 0x80)
-    const __m512i high = _mm512_ternarylogic_epi32(look_up(TABLES.high, line), line,
-                                                   _mm512_set1_epi8(-128), 0xf8);
+    const __m512i low = look_up(TABLE.low, line), high = look_up_high(TABLE, line, line);
     if constexpr (I == 0) return _mm512_mask_blend_epi8(ODD, low, _mm512_slli_epi16(high, 8));
     return _mm512_mask_blend_epi8(ODD, _mm512_srli_epi16(low, 8), high);
   }
