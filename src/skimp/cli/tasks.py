@@ -20,6 +20,7 @@ Files = Annotated[
 Kind = Annotated[
     str | None,
     typer.Option(
+        "--kind",
         help="minimal-pair, choice, last-word or generate; told by the fields by default.",
         metavar="KIND",
     ),
