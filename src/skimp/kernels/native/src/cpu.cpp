@@ -93,6 +93,14 @@ bool has_vbmi() {
 #endif
 }
 
+bool quick_bf16_dots() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
+}
+
 bool parse_isa(const char* name, Isa* isa) {
   for (int i = 0; i < 6; ++i) {
     if (std::strcmp(name, NAMES[i]) == 0) {

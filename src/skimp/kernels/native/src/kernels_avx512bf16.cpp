@@ -98,7 +98,8 @@ void tile_dpbf16(const void* x_, int64_t x_stride, int rows, const void* panels,
 
 const KernelSet& avx512bf16_kernels() {
   static constexpr KernelSet set{Isa::Avx512Bf16, true,   tile<false>, tile_dpbf16,
-                                 prepare,         finish, norm, embed, round_row, decode_f32};
+                                 prepare,         finish, norm, embed, round_row, decode_f32,
+                                 decode_bf16};
   return set;
 }
 

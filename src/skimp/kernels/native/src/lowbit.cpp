@@ -2,7 +2,8 @@
 // each panel multiplied as it is or, without the instructions for that, widened to float32 first.
 //
 // Any number of rows sums the same blocks in the same order, so a row's result does not depend on
-// the other rows.
+// the other rows. With many rows, matmul.cpp may rather widen panels to BF16 and treat them as
+// dense, unless results must not depend on how many there are.
 #include "lowbit.h"
 
 #include <algorithm>
@@ -164,6 +165,17 @@ void run_low_matmul(const MatmulOp& op, int rows, const Team& team) {
                  std::min(TILE_PANELS, my_panels.last - panel));
       }
   }
+}
+
+void widen_panels(const MatmulOp& op, int panel, int num_panels, int k_padded, void* out) {
+  const int k = divide_up(op.k, LOW_ALIGN) * LOW_ALIGN;
+  const int64_t stride = low_bytes(op.low.kind, k);
+  const int64_t used = int64_t{2} * k * PANEL, out_stride = int64_t{2} * k_padded * PANEL;
+  const LowSpan span{&op.low, panel, num_panels, 0, k, 0, 0};
+  const auto* from = static_cast<const uint8_t*>(op.panels) + panel * stride;
+  current_kernels().decode_bf16(span, from, stride, out, out_stride);
+  for (int p = 0; p < num_panels; ++p)
+    std::memset(static_cast<char*>(out) + p * out_stride + used, 0, out_stride - used);
 }
 
 void embed_low(const EmbedOp& op, int first, int last) {

@@ -52,6 +52,8 @@ const LowKernels* fp8_low_kernels();
 #endif
 
 void run_low_matmul(const MatmulOp& op, int rows, const Team& team);
+// Panels [panel, panel + num_panels) as those of a dense BF16 matrix of k_padded inputs.
+void widen_panels(const MatmulOp& op, int panel, int num_panels, int k_padded, void* out);
 void embed_low(const EmbedOp& op, int first, int last);
 
 }  // namespace skimp

@@ -1,6 +1,7 @@
 // The driver of a matrix product: prepares the input rows, divides the work, calls the tiles.
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "kernels.h"
 #include "lowbit.h"
@@ -14,6 +15,17 @@ namespace {
 constexpr int PRIVATE_ROWS = 4;
 // From this many rows AMX is quicker: up to six AVX512-BF16 keeps up with memory.
 constexpr int AMX_ROWS = 7;
+
+// From how many rows low-bit panels are rather widened to BF16, so that the rows share the time it
+// takes: where dense products are quicker than those of panels as they are.
+int widen_from([[maybe_unused]] const LowBit& low) {
+#if defined(__x86_64__)
+  if (current_isa() == Isa::Amx) return low.kind == LOW_FP8 ? 8 : 32;
+  if (current_isa() == Isa::Avx512Bf16 && quick_bf16_dots())
+    return low.kind == LOW_INT4 ? 128 : 256;
+#endif
+  return std::numeric_limits<int>::max();
+}
 
 struct Input {
   const char* data;
@@ -38,6 +50,12 @@ Input prepare_input(const MatmulOp& op, const KernelSet& kernels, int rows, int 
   return {static_cast<const char*>(op.x_scratch), stride};
 }
 
+// Whether a product with a low-bit matrix is one with a dense matrix of BF16, panel by panel.
+bool widens(const MatmulOp& op, int rows, int k, const StepInfo& step, const Team& team) {
+  return rows >= widen_from(op.low) && !step.deterministic && op.low.rounding == ROUND_NONE &&
+         op.head.dtype == BF16 && size_t{2} * k * PANEL * TILE_PANELS <= team.scratch_bytes;
+}
+
 }  // namespace
 
 const KernelSet& current_kernels() {
@@ -58,11 +76,12 @@ void run_matmul(const void* op_, const StepInfo& step, const Team& team) {
   const auto& op = *static_cast<const MatmulOp*>(op_);
   const int rows = op.count ? step.num_logits : step.rows;
   if (rows <= 0) return;
-  if (op.low.kind != LOW_NONE) return run_low_matmul(op, rows, team);
   const KernelSet& kernels = current_kernels();
   const bool bf16_weights = op.head.dtype == BF16;
   const bool bf16_x = bf16_weights && kernels.bf16_x;
   const int k = bf16_weights ? divide_up(op.k, K_ALIGN) * K_ALIGN : op.k;
+  const bool low = op.low.kind != LOW_NONE;
+  if (low && !widens(op, rows, k, step, team)) return run_low_matmul(op, rows, team);
   const Input x = prepare_input(op, kernels, rows, k, bf16_x, team);
   const int64_t row_bytes = x.stride * (bf16_x ? 2 : 4);
 
@@ -85,19 +104,21 @@ void run_matmul(const void* op_, const StepInfo& step, const Team& team) {
 
   const int64_t panel_stride = int64_t{k} * PANEL;
   const int64_t panel_bytes = panel_stride * (bf16_weights ? 2 : 4);
-  const int chunk = chunk_rows(row_bytes, TILE_ROWS);
+  // Widened weights are the dearer ones to have again: then all rows meet them.
+  const int chunk = low ? my_rows.last - my_rows.first : chunk_rows(row_bytes, TILE_ROWS);
   alignas(64) float acc[TILE_ROWS * ACC_STRIDE];
   for (int row0 = my_rows.first; row0 < my_rows.last; row0 += chunk) {
     const int chunk_rows = std::min(chunk, my_rows.last - row0);
     const int chunk_blocks = divide_up(chunk_rows, TILE_ROWS);
     for (int panel = my_panels.first; panel < my_panels.last; panel += TILE_PANELS) {
       const int panels = std::min(TILE_PANELS, my_panels.last - panel);
+      if (low) widen_panels(op, panel, panels, k, team.scratch);
+      const char* weights = low ? static_cast<const char*>(team.scratch)
+                                : static_cast<const char*>(op.panels) + panel * panel_bytes;
       for (int b = 0; b < chunk_blocks; ++b) {
         const Range block = share(chunk_rows, b, chunk_blocks);
         const int first = row0 + block.first, count = block.last - block.first;
-        tile(x.data + first * row_bytes, x.stride, count,
-             static_cast<const char*>(op.panels) + panel * panel_bytes, panel_stride, panels, k,
-             acc);
+        tile(x.data + first * row_bytes, x.stride, count, weights, panel_stride, panels, k, acc);
         kernels.finish(op, first, count, panel, panels, acc, nullptr);
       }
     }
