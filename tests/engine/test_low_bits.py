@@ -43,6 +43,16 @@ def engine_of(form: WeightFormat, backend: str, *, table: bool = False, **option
     return Engine(decoder, None, EngineOptions(backend=backend, max_context=256, **options))
 
 
+def level(isa: str) -> str:
+    """The instruction set that ``isa``, or "best", stands for on this CPU; skips the test if it has
+    none such."""
+    best = library().best_isa()
+    order = ["scalar", "avx2", "avx512"]
+    if isa != "best" and best in order and order.index(isa) > order.index(best):
+        pytest.skip(f"this CPU has no {isa}")
+    return best if isa == "best" else isa
+
+
 def logits(engine: Engine) -> torch.Tensor:
     return torch.cat([part.clone() for part in engine.logits(IDS)])
 
@@ -52,12 +62,9 @@ def logits(engine: Engine) -> torch.Tensor:
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "best"])
 def test_native_is_plain(form: WeightFormat, isa: str, table: bool) -> None:
     assert native.available(), "the native kernels were not built"
-    best = library().best_isa()
-    order = ["scalar", "avx2", "avx512"]
-    if isa != "best" and best in order and order.index(isa) > order.index(best):
-        pytest.skip(f"this CPU has no {isa}")
+    chosen = level(isa)
     plain = logits(engine_of(form, "plain", table=table))
-    with instruction_set(best if isa == "best" else isa):
+    with instruction_set(chosen):
         found = logits(engine_of(form, "native", table=table))
     # Rounded rows may fall to the other side of a tie; elsewhere only sums differ. fp8 weights
     # meet bfloat16 rows where the CPU has such products.
@@ -98,13 +105,10 @@ def test_low_bit_caches_lose_little(cache_dtype: str, backend: str) -> None:
 @pytest.mark.parametrize("recent", [0, 20])
 @pytest.mark.parametrize("cache_dtype", ["int8", "fp8", "int4"])
 def test_native_caches_are_plain(cache_dtype: str, recent: int, turned: bool, isa: str) -> None:
-    best = library().best_isa()
-    order = ["scalar", "avx2", "avx512"]
-    if isa != "best" and best in order and order.index(isa) > order.index(best):
-        pytest.skip(f"this CPU has no {isa}")
+    chosen = level(isa)
     options = {"cache_dtype": cache_dtype, "cache_recent": recent, "cache_hadamard": turned}
     plain = logits(engine_with("plain", **options))
-    with instruction_set(best if isa == "best" else isa):
+    with instruction_set(chosen):
         native_logits = logits(engine_with(**options))
     # A number half way between two codes may fall to either side; fp8's are the farthest apart.
     worst = {"int8": 2e-3, "fp8": 2e-2, "int4": 2e-2}[cache_dtype]

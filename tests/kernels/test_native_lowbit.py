@@ -74,8 +74,8 @@ def tolerance(form: WeightFormat, dtype: torch.dtype) -> float:
 @each_format
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_product(isa: str, form: WeightFormat, dtype: torch.dtype) -> None:
-    """Every number of rows; a row's result is the same to the bit whatever rows are beside it,
-    unless so many may be multiplied by weights widened to bfloat16."""
+    """Every number of rows; a row's result is the same to the bit whatever rows are beside it. By
+    default it is one of two, since many rows may be multiplied by weights widened to bfloat16."""
     for k, n in SHAPES:
         linear = low_linear(k, n, form, dtype, bias=n % 2 == 0)
         x = make_rows(max(ROWS), k)
@@ -86,6 +86,8 @@ def test_product(isa: str, form: WeightFormat, dtype: torch.dtype) -> None:
             assert linear.quantized is None
             with ops.capture(max_rows=max(ROWS), max_seqs=1, max_logits=1) as program:
                 out = ops.matmul(x, matrix)
+            program.run(max(ROWS))
+            many = out.clone()
             program.run(max(ROWS), deterministic=True)
             whole = out.clone()
             for rows in ROWS:
@@ -95,9 +97,12 @@ def test_product(isa: str, form: WeightFormat, dtype: torch.dtype) -> None:
                 assert torch.equal(out[:rows], whole[:rows]), (k, n, rows)
                 assert out[rows:].isnan().all()
                 program.run(rows)
-                if dtype == torch.float32 or rows < WIDENED:
-                    assert torch.equal(out[:rows], whole[:rows]), (k, n, rows)
-                assert error(out[:rows], want[:rows]) < 1e-2, (k, n, rows)
+                as_alone = torch.equal(out[:rows], whole[:rows])
+                assert as_alone or torch.equal(out[:rows], many[:rows]), (k, n, rows)
+                if as_alone:
+                    continue
+                assert dtype == torch.bfloat16 and form.activations is None
+                assert rows >= WIDENED and error(out[:rows], want[:rows]) < 1e-2, (k, n, rows)
 
 
 @each_isa

@@ -120,7 +120,7 @@ def _print(name: str, results: list[SpeedResult]) -> None:
     first = results[0]
     title = (
         f"{name}: {first.dtype}, {first.device} ({first.backend} kernels, {first.threads} threads)"
-        f", {first.rounds} rounds of {first.samples // first.rounds} steps\n{first.hardware}"
+        f", {first.rounds} rounds of {first.steps} steps\n{first.hardware}"
     )
     columns = [
         "batch x context", "tokens/s", "ms/step", "spread", "predicted", "limit", "of limit",

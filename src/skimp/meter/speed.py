@@ -81,6 +81,11 @@ class SpeedResult:
     bound: str
 
     @property
+    def steps(self) -> int:
+        """Timed in a round."""
+        return self.samples // self.rounds
+
+    @property
     def tokens_per_s(self) -> float:
         return self.case.batch / self.ms_per_step * 1e3
 

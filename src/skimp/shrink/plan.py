@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from skimp.cost import ModelWork, model_work, step_cost, uniform
+from skimp.cost import model_work, step_cost, uniform
 from skimp.cost.work import item_bytes
+from skimp.model.caches import cache_specs
 from skimp.model.loading import parameter_shapes
-from skimp.model.mixers.attention import cache_spec
 from skimp.model.spec import ModelSpec
 from skimp.shrink.pipeline import Job
 from skimp.shrink.units import unit_of
-
-CACHE_BITS = {"int8": 8, "fp8": 8}
-
 
 OPEN: Final = "to be chosen"
 
@@ -135,7 +132,7 @@ def size_of(spec: ModelSpec, open_bits: Mapping[str, float] | None = None) -> Si
     names = {matrix: form.name for matrix, form in spec.formats.items()}
     names |= dict.fromkeys(open_bits, OPEN)
     formats = Counter(names.get(name.removesuffix(".weight"), spec.dtype) for name in matrices)
-    work = spec_work(spec, open_bits)
+    work = model_work(spec, cache_specs(spec, spec.dtype), bits=open_bits)
     return Size(
         disk_bytes=math.ceil(sum(sizes.values())),
         weight_bytes_per_token=round(step_cost(work, uniform(1, 1)).weight_bytes),
@@ -145,24 +142,3 @@ def size_of(spec: ModelSpec, open_bits: Mapping[str, float] | None = None) -> Si
         cache_format=spec.cache_format or spec.dtype,
         at_most=bool(open_bits),
     )
-
-
-def spec_work(spec: ModelSpec, open_bits: Mapping[str, float]) -> ModelWork:
-    """The work of a model with its low-bit matrices and cache."""
-    import torch
-
-    caches = []
-    for layer in spec.layers:
-        cache = cache_spec(layer.mixer, getattr(torch, spec.dtype))
-        if spec.cache_format is not None:
-            # A 16-bit scale a head and token, for keys and for values.
-            bits = CACHE_BITS[spec.cache_format] + 16 / layer.mixer.head_dim
-            numbers = 2 * layer.mixer.kv_dim
-            cache = replace(cache, bytes_per_token=round(numbers * bits / 8))
-        caches.append(cache)
-    widths = {name.removesuffix(".weight"): s for name, s in parameter_shapes(spec).items()}
-    bits_of = {name: form.bits_per_weight(widths[name][1]) for name, form in spec.formats.items()}
-    bits_of |= open_bits
-    if spec.tie_embeddings and "embed_tokens" in bits_of:
-        bits_of["lm_head"] = bits_of.pop("embed_tokens")
-    return model_work(spec, caches, bits=bits_of)

@@ -60,9 +60,8 @@ def tables(price: Price) -> tuple[Table, ...]:
         rows=tuple(line for row in rows for line in _speed(row)),
         note=(
             f"{first.device}, {_each(rows, 'dtype')}, {_each(rows, 'backend')} kernels, "
-            f"{first.threads} threads; medians of {first.rounds} rounds of "
-            f"{first.samples // first.rounds} steps, {turns}; spread is (slowest - fastest) / "
-            f"median; {first.hardware}"
+            f"{first.threads} threads; medians of {first.rounds} rounds of {first.steps} steps, "
+            f"{turns}; spread is (slowest - fastest) / median; {first.hardware}"
         ),
     )
     return (loss, *([_scores(rows)] if price.base.tasks else []), _sizes(rows), speed)

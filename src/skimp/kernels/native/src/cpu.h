@@ -19,7 +19,7 @@ Isa current_isa();               // best, unless lowered
 bool set_isa(Isa isa);           // false if the CPU cannot
 const char* isa_name(Isa isa);
 bool has_vbmi();                 // AVX512-VBMI, which not every Avx512Bf16 CPU has
-bool quick_bf16_dots();         // VDPBF16PS as quick as VPDPWSSD: so on Zen, a third of it on Intel's
+bool quick_bf16_dots();          // VDPBF16PS as quick as VPDPWSSD, as on AMD's; not on Intel's
 bool parse_isa(const char* name, Isa* isa);
 
 }  // namespace skimp

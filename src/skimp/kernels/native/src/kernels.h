@@ -35,6 +35,7 @@ struct KernelSet {
   float (*round_row)(float* row, int k, int rounding);
   void (*decode_f32)(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
                      int64_t out_stride);
+  // Null where BF16 panels are multiplied by F32 rows.
   void (*decode_bf16)(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
                       int64_t out_stride);
 };

@@ -22,8 +22,7 @@ namespace skimp {
 
 const KernelSet& avx2_kernels() {
   static constexpr KernelSet set{Isa::Avx2, false,  tile<false>, tile<true>,
-                                 prepare,   finish, norm, embed, round_row, decode_f32,
-                                 decode_bf16};
+                                 prepare,   finish, norm, embed, round_row, decode_f32, nullptr};
   return set;
 }
 

@@ -94,6 +94,64 @@ void tile_dpbf16(const void* x_, int64_t x_stride, int rows, const void* panels,
   }
 }
 
+// ---- low-bit panels widened ---------------------------------------------------------------------
+
+// To the nearest BF16 in the upper half of each word; a NaN is one with few bits set.
+SKIMP_INLINE vu to_upper_bf16(vf value) {
+  const vu bits = (vu)value;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+template <int KIND>
+SKIMP_INLINE void decode_bf16_as(const LowSpan& span, int panel, const uint8_t* w, uint32_t* to) {
+  const LowBit& low = *span.low;
+  constexpr int BITS = KIND == LOW_INT4 ? 4 : 8;
+  constexpr uint32_t MASK = (1u << BITS) - 1;
+  const auto value = [](vu q, vf zero) {
+    if constexpr (KIND == LOW_FP8) return fp8_to_float(q & MASK);
+    return __builtin_convertvector((vi)(q & MASK), vf) - zero;
+  };
+  for (int k = span.k0; k < span.k1;) {
+    const int group = k / low.group;
+    const int64_t group_end = int64_t{group + 1} * low.group;
+    const int end = group_end < span.k1 ? static_cast<int>(group_end) : span.k1;
+    const int64_t place = (int64_t{panel} * low.groups + group) * PANEL;
+    const int lines = (end - k) / LOW_ALIGN * (BITS / 4);
+    for (int v = 0; v < VP; ++v) {
+      const vf scale = load_scale(low, place + v * VW);
+      const vf zero = load_zero(low, place + v * VW);
+      uint32_t* pair = to + v * VW;
+      for (int line = 0; line < lines; ++line) {
+        const vu words = load<vu>(w + line * 64 + v * VW * 4);
+#pragma GCC unroll 4
+        for (int i = 0; i < 16 / BITS; ++i, pair += PANEL) {
+          const vu even = to_upper_bf16(value(words >> (i * BITS), zero) * scale);
+          const vu odd = to_upper_bf16(value(words >> (16 + i * BITS), zero) * scale);
+          store(pair, even >> 16 | (odd & 0xffff0000u));
+        }
+      }
+    }
+    w += lines * 64;
+    to += (end - k) / 2 * PANEL;
+    k = end;
+  }
+}
+
+// (q - zero) * scale rounded to BF16, as a dense matrix's panels [k / 2][16][2].
+void decode_bf16(const LowSpan& span, const uint8_t* panels, int64_t panel_stride, void* out,
+                 int64_t out_stride) {
+  for (int p = 0; p < span.num_panels; ++p) {
+    const uint8_t* w = panels + p * panel_stride;
+    auto* to = reinterpret_cast<uint32_t*>(static_cast<char*>(out) + p * out_stride);
+    if (span.low->kind == LOW_INT4)
+      decode_bf16_as<LOW_INT4>(span, span.panel + p, w, to);
+    else if (span.low->kind == LOW_INT8)
+      decode_bf16_as<LOW_INT8>(span, span.panel + p, w, to);
+    else
+      decode_bf16_as<LOW_FP8>(span, span.panel + p, w, to);
+  }
+}
+
 }  // namespace
 
 const KernelSet& avx512bf16_kernels() {

@@ -14,8 +14,7 @@ namespace skimp {
 
 const KernelSet& scalar_kernels() {
   static constexpr KernelSet set{Isa::Scalar, false,  tile<false>, tile<true>,
-                                 prepare,     finish, norm, embed, round_row, decode_f32,
-                                 decode_bf16};
+                                 prepare,     finish, norm, embed, round_row, decode_f32, nullptr};
   return set;
 }
 
