@@ -41,9 +41,12 @@ INT4 = (
     "- quantize: {{format: int4, group_size: 32, method: rtn{0}}}\n"
     "- quantize: {{format: int8, method: rtn, include: [embed_tokens], exclude: ['layers.*']{0}}}\n"
 )
+INT4_WHOLE = (
+    "- quantize: {{format: int4, group_size: 32, method: rtn, include: [embed_tokens]{0}}}\n"
+)
 SKIMP_RECIPES = {
     f"skimp-{name}{suffix}": recipe.format(inputs)
-    for name, recipe in {"int8": INT8, "int4": INT4}.items()
+    for name, recipe in {"int8": INT8, "int4": INT4, "int4-whole": INT4_WHOLE}.items()
     for suffix, inputs in {"": "", "-a8": ", activations: int8"}.items()
 }
 FORMATS = ("hf", "gguf-bf16", *QUANTIZED_GGUF, *OPENVINO_WEIGHTS, "onnx-int4", *SKIMP_RECIPES)

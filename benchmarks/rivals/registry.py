@@ -37,6 +37,8 @@ REGISTRY: dict[str, EngineEntry] = {
             "skimp-int8-a8": "int8 per channel, inputs int8",
             "skimp-int4": "int4 in groups of 32, output matrix int8",
             "skimp-int4-a8": "int4 in groups of 32, output matrix int8, inputs int8",
+            "skimp-int4-whole": "int4 in groups of 32, output matrix too",
+            "skimp-int4-whole-a8": "int4 in groups of 32, output matrix too, inputs int8",
         }.items()
     },
     "llama.cpp-bf16": EngineEntry(
