@@ -42,7 +42,8 @@ def quarter_cache(requests: Requests, options: EngineOptions = BASE) -> int:
 
 def check_all_ways(requests: Requests, backend: str, **fields: object) -> None:
     base = dataclasses.replace(BASE, backend=backend, **fields)  # type: ignore[arg-type]
-    expected = serve(build(base), requests, together=False)
+    alone = dataclasses.replace(base, overlap=False)
+    expected = serve(build(alone), requests, together=False)
     ways = {
         "batched": base,
         "chunk 7": dataclasses.replace(base, token_budget=7),
@@ -63,6 +64,20 @@ def check_all_ways(requests: Requests, backend: str, **fields: object) -> None:
 
 def test_native_all_ways() -> None:
     check_all_ways(random_requests(60, seed=1), "native")
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_overlapped_all_ways(mixed: bool) -> None:
+    """Tokens that the host learns of a step later are the same; requests whose draws need the
+    host come in between, or not at all."""
+    requests = random_requests(60, seed=1)
+    if not mixed:
+        kept = ("temperature", "min_p", "seed", "max_tokens", "ignore_eos", "stop_token_ids")
+        requests = [
+            (prompt, SamplingParams(**{name: getattr(params, name) for name in kept}))
+            for prompt, params in requests
+        ]
+    check_all_ways(requests, "native", overlap=True)
 
 
 LOW_BIT_CACHES = [

@@ -94,7 +94,7 @@ def process(logits: Tensor, rows: Sequence[RowState]) -> Processed:
         raw_highest = raw.amax(dim=-1).tolist()
         top, best = _top(adjusted)
         highest = top.tolist()
-    errors = tuple(_judge(a, b) for a, b in zip(raw_highest, highest))
+    errors = tuple(judge(a, b) for a, b in zip(raw_highest, highest))
     sampled = tuple(
         i for i, row in enumerate(rows) if row.params.temperature != 0.0 and errors[i] is None
     )
@@ -179,7 +179,7 @@ def _penalise(flat: Tensor, vocab_size: int, which: list[int], rows: Sequence[Ro
     flat[where] = torch.where(values > 0, values / factor, values * factor) - less
 
 
-def _judge(raw_highest: float, highest: float) -> str | None:
+def judge(raw_highest: float, highest: float) -> str | None:
     """Why a row cannot be drawn from, given its maxima before and after steps 1-3."""
     if raw_highest != raw_highest or raw_highest in (float("inf"), _NEG_INF):
         return f"non-finite logits (maximum {raw_highest})"
@@ -191,16 +191,10 @@ def _judge(raw_highest: float, highest: float) -> str | None:
 
 
 def _weights(logits: Tensor, top: Tensor, rows: Sequence[RowState]) -> Tensor:
-    """Steps 4-7: float64 [S, V]. The maximum is taken off first, so no temperature overflows."""
-    weights = logits.double().sub_(top.double()[:, None])
-    if any(row.params.temperature != 1.0 for row in rows):
-        # a product is faster than a division; 1/T may overflow, and 0 * inf is no number
-        scales = [min(1.0 / row.params.temperature, 1e300) for row in rows]
-        if len(set(scales)) == 1:
-            weights.mul_(scales[0])
-        else:
-            weights.mul_(_column(scales, weights))
-    weights.exp_()
+    """Steps 4-7: float64 [S, V]."""
+    scales = [inverse_temperature(row.params) for row in rows]
+    scale = scales[0] if len(set(scales)) == 1 else _column(scales, logits)
+    weights = _tempered(logits, top, scale)
     filtered = [s for s, row in enumerate(rows) if row.params.has_filters]
     if filtered:
         _truncate(weights, logits, filtered, rows)
@@ -208,6 +202,29 @@ def _weights(logits: Tensor, top: Tensor, rows: Sequence[RowState]) -> Tensor:
         # the largest weight is exactly 1, so the ratio to it is the weight
         weights.masked_fill_(weights < _column([row.params.min_p for row in rows], weights), 0.0)
     return weights
+
+
+def plain_weights(logits: Tensor, top: Tensor, scales: Tensor, min_p: Tensor) -> Tensor:
+    """Steps 4 and 7 of rows without top-k and top-p: float64 [S, V], like :class:`Processed`'s.
+
+    ``scales`` and ``min_p`` are float64 [S] on the device of the logits, which is never waited
+    for; ``scales`` are :func:`inverse_temperature`.
+    """
+    weights = _tempered(logits, top, scales[:, None])
+    return weights.masked_fill_(weights < min_p[:, None], 0.0)
+
+
+def inverse_temperature(params: SamplingParams) -> float:
+    """1/T, cut where it would overflow: 0 * inf is no number."""
+    return min(1.0 / params.temperature, 1e300)
+
+
+def _tempered(logits: Tensor, top: Tensor, scale: Tensor | float) -> Tensor:
+    # The maximum is taken off first, so no temperature overflows.
+    weights = logits.double().sub_(top.double()[:, None])
+    if isinstance(scale, Tensor) or scale != 1.0:
+        weights.mul_(scale)
+    return weights.exp_()
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
@@ -268,7 +285,7 @@ def _cut(
     if params.top_p < 1.0:
         # float64 before the subtraction, as for the weights themselves
         scaled = values[:count].astype(np.float64) - float(values[0])
-        scaled *= min(1.0 / params.temperature, 1e300)
+        scaled *= inverse_temperature(params)
         mass = np.exp(scaled).cumsum()
         if 0 < top_k <= len(values):
             total = float(mass[-1])

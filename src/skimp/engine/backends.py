@@ -45,6 +45,9 @@ class StepBuffers:
             return np.zeros(shape, dtype=np.int32)
 
         self.token_ids, self.positions = ints(max_rows), ints(max_rows)
+        # Where in ``drawn`` a row's token is to be read, or -1: it is in ``token_ids``.
+        self.token_source = ints(max_rows)
+        self.drawn = torch.zeros(max_logits, dtype=torch.int32, device=arena.data.device)
         self.row_seq, self.kv_end = ints(max_rows), ints(max_rows)
         self.seq_starts = ints(max_seqs + 1)
         self.logit_rows = ints(max_logits)
@@ -53,6 +56,13 @@ class StepBuffers:
         ]
         self.arena = arena.data
         self.max_rows, self.max_seqs, self.max_logits = max_rows, max_seqs, max_logits
+
+    def fetch_drawn(self, rows: int) -> None:
+        """Complete ``token_ids`` where the drawn tokens lie in the host's memory too."""
+        source = self.token_source[:rows]
+        late = source >= 0
+        if late.any():
+            self.token_ids[:rows][late] = self.drawn.numpy()[source[late]]
 
     def step_inputs(
         self, rows: int | None = None, num_seqs: int | None = None, num_logits: int | None = None
@@ -81,8 +91,16 @@ class PlainBackend:
 
     @torch.inference_mode()
     def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
-        step = self._buffers.step_inputs(rows, num_seqs, num_logits)
-        logits: Tensor = self._decoder(step.to(self._buffers.arena.device), self._ops)
+        buffers = self._buffers
+        device = buffers.arena.device
+        if device.type == "cpu":
+            buffers.fetch_drawn(rows)
+        step = buffers.step_inputs(rows, num_seqs, num_logits).to(device)
+        if device.type != "cpu":
+            source = torch.from_numpy(buffers.token_source[:rows]).to(device)
+            late = buffers.drawn[source.clamp(min=0)]
+            step.token_ids = torch.where(source >= 0, late, step.token_ids)
+        logits: Tensor = self._decoder(step, self._ops)
         return logits
 
 
@@ -110,8 +128,10 @@ class NativeBackend:
         ):
             self._logits = decoder(buffers.step_inputs(), ops)
         self._program, self._threads, self._deterministic = program, threads or 0, deterministic
+        self._buffers = buffers
 
     def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
+        self._buffers.fetch_drawn(rows)
         self._program.run(rows, num_seqs, num_logits, self._threads, self._deterministic)
         return self._logits[:num_logits]
 

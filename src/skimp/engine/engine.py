@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from skimp.cache import Arena, CacheLayout, CacheManager
 from skimp.cost import memory_plan, model_work
+from skimp.decoding.deferred import DeferredDraws, deferrable, draw_deferred
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.proposal import Accepted, DrawAndCompare, NoProposer, Proposer
 from skimp.decoding.rows import RowState, resolve_bad_words
@@ -23,7 +25,7 @@ from skimp.decoding.stops import FinishReason, StopChecker
 from skimp.engine.backends import StepBuffers, choose_backend
 from skimp.engine.options import EngineOptions
 from skimp.engine.reading import KeepLogits, PromptReader, Scores, ScoreTokens
-from skimp.engine.request import Request, RequestOutput, Sequence
+from skimp.engine.request import Flying, Request, RequestOutput, Sequence
 from skimp.engine.runner import Runner
 from skimp.engine.scheduler import Scheduler, Work
 from skimp.errors import OptionError, RequestError
@@ -37,10 +39,37 @@ Prompt = str | Seq[int]
 MAX_CACHE_SHARE = 0.25  # of the free memory, when cache_bytes is not given
 
 
+@dataclass
+class _Draw:
+    """A part of the work that reaches its sequence's end, the samples that draw from its logits,
+    and where these begin."""
+
+    item: Work
+    samples: list[Sequence]
+    line: int
+
+
+@dataclass
+class _Flight:
+    """A step that was launched, and what is to be made of it when it lands; ``deferred`` is None
+    when the host draws."""
+
+    number: int
+    work: list[Work]
+    logits: Tensor
+    draws: list[_Draw] = field(default_factory=list)
+    deferred: DeferredDraws | None = None
+    committed: bool = False
+
+
 class Engine:
     """Serves one model. Not thread-safe: one thread adds requests and steps.
 
     ``decoder`` must have its weights and must not be bound; the engine takes it over.
+
+    With ``overlap`` a step is launched before the one before it has landed: a token drawn on the
+    device is read there by the next step, and the host learns of it one step later. A sequence
+    that has ended by then is computed once more in vain, which nobody sees.
     """
 
     def __init__(
@@ -93,6 +122,10 @@ class Engine:
             max_batch=options.max_batch,
             max_logits=max_logits,
         )
+        self._overlap = options.device == "cuda" if options.overlap is None else options.overlap
+        self._overlap &= proposer is None  # guesses follow from tokens that the host has seen
+        self._flight: _Flight | None = None  # launched, and not landed
+        self._numbers = itertools.count()
         self._acceptor = DrawAndCompare(Sampler())
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
@@ -183,7 +216,7 @@ class Engine:
         self._pending.append(self._close(request))
 
     def has_unfinished(self) -> bool:
-        return bool(self._requests or self._pending)
+        return bool(self._requests or self._pending or self._flight)
 
     def generate(
         self, prompts: Seq[Prompt], params: SamplingParams | Seq[SamplingParams] | None = None
@@ -249,51 +282,128 @@ class Engine:
     # ---- the step -------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
-        """Compute one step; outputs of the requests that gained tokens or ended."""
+        """Launch one step and land one; outputs of the requests that gained tokens or ended.
+
+        The first of several steps that overlap launches only, and has none.
+        """
         outputs, self._pending = self._pending, []
-        work = self.scheduler.schedule()
-        if not work:
-            assert outputs or not self._requests, "requests wait, but none could be scheduled"
-            return outputs
         try:
-            logits = self.runner.run(work)
-            with self.runner.sampling_threads():
-                return outputs + self._use(work, logits)
+            launched = self._launch()
+            landing, self._flight = self._flight, None
+            assert launched or landing or outputs or not self._requests, "nothing can be scheduled"
+            if landing is not None:
+                outputs += self._land(landing)
+            if launched is not None and launched.deferred is None:
+                outputs += self._land(launched)
+            else:
+                self._flight = launched
         except BaseException:
             self._pending = outputs
-            for item in work:  # what was appended is computed again if the caller goes on
-                if item.seq.cache is not None and item.seq.cache.pending:
-                    self.cache.commit(item.seq.cache, 0, [])
+            raise
+        return outputs
+
+    def _launch(self) -> _Flight | None:
+        """Schedule and start a step; None when there is nothing to compute."""
+        if self._flight is not None:
+            self._commit(self._flight)
+        work = self.scheduler.schedule()
+        if not work:
+            return None
+        try:
+            return self._start(work)
+        except BaseException:
+            self._roll_back(work)
             raise
 
-    def _use(self, work: list[Work], logits: Tensor) -> list[RequestOutput]:
-        """Commit what the step computed and draw from its logits."""
-        outputs: list[RequestOutput] = []
-        draws: list[tuple[Work, list[Sequence]]] = []
-        lines: list[int] = []
-        line = 0
+    def _roll_back(self, work: list[Work]) -> None:
+        """What was appended and not committed is computed again if the caller goes on."""
+        for item in work:
+            if item.seq.cache is not None and item.seq.cache.pending:
+                self.cache.commit(item.seq.cache, 0, [])
+
+    def _start(self, work: list[Work]) -> _Flight:
+        flight = _Flight(next(self._numbers), work, self.runner.run(work))
+        line, alone = 0, self._overlap
         for item in work:
             line += item.num_logits
+            alone &= item.seq.request.next_row is None
+            if item.reaches_end:
+                samples = self._samples(item.seq)
+                flight.draws.append(_Draw(item, samples, line - 1 - len(item.draft)))
+                ahead = int(item.seq.flying is not None)
+                alone &= len(samples) == 1 and deferrable(item.seq.sampling, ahead)
+        if alone:
+            self._defer(flight)
+        return flight
+
+    def _defer(self, flight: _Flight) -> None:
+        seqs = [draw.item.seq for draw in flight.draws]
+        flight.deferred = draw_deferred(
+            _select(flight.logits, [draw.line for draw in flight.draws]),
+            [seq.sampling for seq in seqs],
+            [int(seq.flying is not None) for seq in seqs],
+            self.runner.buffers.drawn,
+        )
+        for place, seq in enumerate(seqs):
+            seq.flying = Flying(flight.number, place)
+
+    def _commit(self, flight: _Flight) -> None:
+        """Keep what a deferred step computed: all the tokens that it was given are known by now."""
+        if flight.committed:
+            return
+        flight.committed = True
+        for item in flight.work:
+            if item.seq.cache is not None:  # else it has ended
+                self.cache.commit(item.seq.cache, item.num_known, item.token_ids)
+
+    def _land(self, flight: _Flight) -> list[RequestOutput]:
+        """Use what a step gives, of the sequences that have not ended meanwhile."""
+        if flight.deferred is not None:
+            landed = list(zip(flight.draws, flight.deferred.wait()))
+            for draw, _ in landed:
+                draw.item.seq.land(flight.number)
+            landed = [pair for pair in landed if not pair[0].item.seq.ended]
+            gains = (gain for _, gain in landed)
+            return self._gain([draw for draw, _ in landed], gains, committed=True)
+        try:
+            with self.runner.sampling_threads():
+                return self._use(flight)
+        except BaseException:
+            self._roll_back(flight.work)
+            raise
+
+    def _use(self, flight: _Flight) -> list[RequestOutput]:
+        """Commit what a step computed and draw from its logits on the host."""
+        outputs: list[RequestOutput] = []
+        line = 0
+        for item in flight.work:
+            line += item.num_logits
+            if item.seq.ended:
+                continue
             if item.num_logits and item.seq.request.next_row is not None:
                 try:
-                    item.seq.request.read(logits[line - item.num_logits : line])
+                    item.seq.request.read(flight.logits[line - item.num_logits : line])
                 except ValueError as error:  # not a number: this request's trouble alone
                     item.seq.request.error = str(error)
                     self._finish(item.seq, "error")
                     outputs.append(self._close(item.seq.request))
                     continue
-            if item.reaches_end:
-                first = line - 1 - len(item.draft)
-                samples = self._samples(item.seq)
-                draws.append((item, samples))
-                for _ in samples:
-                    lines.extend(range(first, line))
-            else:
+            if not item.reaches_end:
                 assert item.seq.cache is not None
                 self.cache.commit(item.seq.cache, item.num_known, item.token_ids)
-        if draws:
-            outputs += self._gain(draws, _select(logits, lines))
-        return outputs
+        draws = [draw for draw in flight.draws if not draw.item.seq.ended]
+        if not draws:
+            return outputs
+        lines = [
+            draw.line + offset
+            for draw in draws
+            for _ in draw.samples
+            for offset in range(1 + len(draw.item.draft))
+        ]
+        rows = [seq.sampling for draw in draws for seq in draw.samples]
+        drafts = [draw.item.draft for draw in draws for _ in draw.samples]
+        accepted = self._acceptor.accept(_select(flight.logits, lines), rows, drafts)
+        return outputs + self._gain(draws, iter(accepted), committed=False)
 
     def _samples(self, seq: Sequence) -> list[Sequence]:
         """The sequences that draw from this sequence's logits: itself and, once, its forks."""
@@ -303,30 +413,29 @@ class Engine:
         return [seq, *(self._sequence(request, i) for i in range(1, request.params.n))]
 
     def _gain(
-        self, draws: list[tuple[Work, list[Sequence]]], logits: Tensor
+        self, draws: list[_Draw], accepted: Iterator[Accepted], *, committed: bool
     ) -> list[RequestOutput]:
-        rows = [seq.sampling for _, samples in draws for seq in samples]
-        drafts = [item.draft for item, samples in draws for _ in samples]
-        accepted = iter(self._acceptor.accept(logits, rows, drafts))
+        """Give each sample its tokens; commit to the cache what they leave of a draft."""
         outputs = []
-        for item, samples in draws:
-            request = item.seq.request
+        for draw in draws:
+            item, seq, request = draw.item, draw.item.seq, draw.item.seq.request
             if request.metrics.first_token is None:
                 request.metrics.first_token = time.monotonic()
-                request.metrics.reused_prompt_tokens = item.seq.num_reused
-            gains = [self._advance(seq, next(accepted)) for seq in samples]
-            assert item.seq.cache is not None
-            kept = item.num_known + len(gains[0][1]) - 1
-            self.cache.commit(item.seq.cache, kept, item.token_ids[:kept])
-            for fork in samples[1:]:
-                fork.cache = self.cache.fork(item.seq.cache)
-                request.sequences.append(fork)
-                self.scheduler.start_running(fork)
-            item.seq.forked = True
-            for seq in samples:
-                if seq.finish_reason is not None:
-                    self.scheduler.remove(seq)
-            delta, tokens = gains[0] if item.seq.index == 0 else ("", [])
+                request.metrics.reused_prompt_tokens = seq.num_reused
+            gains = [self._advance(sample, next(accepted)) for sample in draw.samples]
+            if not committed:
+                assert seq.cache is not None
+                kept = item.num_known + len(gains[0][1]) - 1
+                self.cache.commit(seq.cache, kept, item.token_ids[:kept])
+                for fork in draw.samples[1:]:
+                    fork.cache = self.cache.fork(seq.cache)
+                    request.sequences.append(fork)
+                    self.scheduler.start_running(fork)
+            seq.forked = True
+            for sample in draw.samples:
+                if sample.ended:
+                    self.scheduler.remove(sample)
+            delta, tokens = gains[0] if seq.index == 0 else ("", [])
             if request.finished:
                 outputs.append(self._close(request, delta=delta, new_token_ids=tokens))
             else:
@@ -347,7 +456,7 @@ class Engine:
             if seq.logprobs is not None and logprob is not None:
                 seq.logprobs.append(logprob)
             text, reason = seq.output.push(token)
-            if reason is None and seq.tokens_left == 0:
+            if reason is None and len(seq.tokens) - seq.num_prompt == seq.request.max_tokens:
                 reason = "length"
             if reason is not None:
                 text += seq.output.finish(reason)

@@ -21,7 +21,8 @@ class EngineOptions:
     most prompt and generated tokens one step computes. ``deterministic`` makes every request's
     tokens independent of what else is in the batch, bit by bit; float32 on the native backend is
     so anyway. ``max_context`` defaults to the model's own limit. ``page_tokens`` must be a multiple
-    of 16 on the native backend.
+    of 16 on the native backend. ``overlap`` launches a step before the one before it has been read
+    (None: on a GPU), where the requests allow it: no token changes.
 
     ``cache_dtype`` is how keys and values are remembered: ``auto`` (what the checkpoint asks for,
     else as the weights), ``bfloat16``, ``float32``, or rounded to ``fp8``, ``int8`` or ``int4``;
@@ -44,6 +45,7 @@ class EngineOptions:
     prefix_cache: bool = True
     backend: Backend = "auto"
     deterministic: bool = False
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "token_budget", "page_tokens"):
@@ -62,9 +64,10 @@ class EngineOptions:
         self._check_choice("cache_dtype", get_args(CacheDType))
         if self.cache_recent is not None:
             self._check_count("cache_recent", self.cache_recent, least=0)
-        if not isinstance(self.cache_hadamard, bool | None):
-            got = f"got {self.cache_hadamard!r}"
-            raise OptionError(f"cache_hadamard: expected true, false or none, {got}")
+        for name in ("cache_hadamard", "overlap"):
+            if not isinstance(getattr(self, name), bool | None):
+                got = f"got {getattr(self, name)!r}"
+                raise OptionError(f"{name}: expected true, false or none, {got}")
         if self.device not in ("cpu", "cuda"):
             raise OptionError(f"device: expected cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and self.backend == "native":

@@ -105,7 +105,7 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        return all(seq.finish_reason is not None for seq in self.sequences)
+        return all(seq.ended for seq in self.sequences)
 
     def output(self, *, delta: str = "", new_token_ids: list[int] | None = None) -> RequestOutput:
         return RequestOutput(
@@ -119,6 +119,15 @@ class Request:
             prompt_logprobs=self.prompt_logprobs,
             error=self.error,
         )
+
+
+@dataclass(frozen=True)
+class Flying:
+    """A token that is drawn, but has not reached the host: which step drew it, and its place
+    among that step's draws."""
+
+    step: int
+    place: int
 
 
 class Sequence:
@@ -139,6 +148,7 @@ class Sequence:
         self.cache: CacheSequence | None = None
         self.num_reused = 0  # prompt tokens that the prefix cache held at admission
         self.forked = index > 0  # sample 0 stands for the others until the prompt is done
+        self.flying: Flying | None = None
         self.text = ""
         self.logprobs: list[TokenLogprobs] | None = None if request.params.logprobs is None else []
         self.finish_reason: FinishReason | None = None
@@ -153,9 +163,23 @@ class Sequence:
         return 1 if self.forked else self.request.params.n
 
     @property
+    def ended(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that exist, the one that the host has not seen yet included."""
+        return len(self.tokens) + (self.flying is not None)
+
+    def land(self, step: int) -> None:
+        """The draws of ``step`` are here; a token drawn after them may still be on its way."""
+        if self.flying is not None and self.flying.step == step:
+            self.flying = None
+
+    @property
     def tokens_left(self) -> int:
         """Output tokens that may still come."""
-        return self.request.max_tokens - (len(self.tokens) - self.num_prompt)
+        return self.request.max_tokens - (self.num_tokens - self.num_prompt)
 
     @property
     def reusable(self) -> list[int]:

@@ -22,12 +22,17 @@ class Runner:
     def run(self, work: Sequence[Work]) -> Tensor:
         """Logits float32 [L, V] of the rows each part of the work asked for, in order."""
         buffers = self.buffers
+        buffers.token_source[: sum(item.num_tokens for item in work)] = -1
         row = logit = 0
         for index, item in enumerate(work):
             start, count = item.start, item.num_tokens
             buffers.seq_starts[index] = row
             if count == 1:
-                buffers.token_ids[row] = item.seq.tokens[start]
+                if start < len(item.seq.tokens):
+                    buffers.token_ids[row] = item.seq.tokens[start]
+                else:
+                    assert item.seq.flying is not None
+                    buffers.token_source[row] = item.seq.flying.place
                 buffers.positions[row] = start
                 buffers.kv_end[row] = start + 1
                 buffers.row_seq[row] = index

@@ -18,22 +18,22 @@ from skimp.engine.request import Sequence
 
 @dataclass(frozen=True)
 class Work:
-    """Compute tokens of ``seq`` from position ``start`` on: known ones, then drafted ones."""
+    """Compute tokens of ``seq`` from position ``start`` on: known ones, then drafted ones.
+
+    ``reaches_end``: new tokens can be drawn from its logits. The last known token may be one that
+    the host has yet to see (``Sequence.flying``).
+    """
 
     seq: Sequence
     start: int
     num_known: int
     num_logits: int  # of the last rows
     draft: tuple[int, ...] = ()
+    reaches_end: bool = False
 
     @property
     def num_tokens(self) -> int:
         return self.num_known + len(self.draft)
-
-    @property
-    def reaches_end(self) -> bool:
-        """Whether new tokens can be drawn from its logits."""
-        return self.start + self.num_known == len(self.seq.tokens)
 
     @property
     def token_ids(self) -> list[int]:
@@ -89,6 +89,9 @@ class Scheduler:
         index = 0
         while index < len(self.running) and budget and logits:
             seq = self.running[index]
+            if seq.tokens_left <= 0:  # its last token is drawn, and on its way
+                index += 1
+                continue
             item = self._size(seq, budget, logits)
             while seq.cache is not None and not self.cache.append(seq.cache, item.num_tokens):
                 self._preempt(self.running[-1])
@@ -123,18 +126,19 @@ class Scheduler:
     def _size(self, seq: Sequence, budget: int, logits: int) -> Work:
         assert seq.cache is not None
         start = seq.cache.length
-        known = min(len(seq.tokens) - start, budget)
+        known = min(seq.num_tokens - start, budget)
         row = seq.request.next_row
         if row is not None:
             known = min(known, row - start + logits)
-            return Work(seq, start, known, max(0, start + known - row))
-        if start + known < len(seq.tokens):
+            end = start + known == seq.num_tokens
+            return Work(seq, start, known, max(0, start + known - row), reaches_end=end)
+        if start + known < seq.num_tokens:
             return Work(seq, start, known, 0)
         room = min(budget - known, logits - 1, seq.tokens_left - 1)
         if seq.places > 1:
             room = 0  # its samples may accept different parts of a draft, and share this cache
         draft = self.proposer.propose(seq.tokens, room) if room > 0 else ()
-        return Work(seq, start, known, 1 + len(draft), tuple(draft))
+        return Work(seq, start, known, 1 + len(draft), tuple(draft), reaches_end=True)
 
     def _preempt(self, seq: Sequence) -> None:
         assert seq.cache is not None

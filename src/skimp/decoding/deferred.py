@@ -1,0 +1,99 @@
+"""Draws that stay on the device: the next step reads them there before the host has seen them.
+
+Only what needs nothing of the host's knowledge is drawn so: greedy rows, and the plain law with a
+temperature and ``min_p``. The arithmetic is that of ``process`` and ``sampler``, without a question
+whose answer the host would have to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skimp.decoding.process import draw, inverse_temperature, judge, plain_weights
+from skimp.decoding.proposal import Accepted
+from skimp.decoding.rng import Purpose, uniforms
+from skimp.decoding.rows import RowState
+
+
+def deferrable(row: RowState, ahead: int) -> bool:
+    """Whether the row can be drawn without the host, ``ahead`` tokens past those committed."""
+    params = row.params
+    masked = row.end_ids and row.position + ahead < params.min_tokens
+    touched = row.penalties is not None or params.logit_bias or row.bad_words or masked
+    return not (
+        touched
+        or row.allowed is not None
+        or params.logprobs is not None
+        or (params.temperature != 0.0 and params.has_filters)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeferredDraws:
+    """Tokens on their way to the host: int32 [2, L] of ids, and the bits of the rows' maxima."""
+
+    host: Tensor
+    arrived: torch.cuda.Event | None
+
+    def wait(self) -> list[Accepted]:
+        """One token a row, or why it has none."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        tokens = self.host[0].tolist()
+        tops = self.host[1].view(torch.float32).tolist()
+        return [
+            Accepted(tokens=[token], logprobs=[None], error=judge(top, top))
+            for token, top in zip(tokens, tops)
+        ]
+
+
+def draw_deferred(
+    logits: Tensor, rows: Sequence[RowState], ahead: Sequence[int], drawn: Tensor
+) -> DeferredDraws:
+    """Draw one token for each row of ``logits`` [L, V] float32 into ``drawn`` int32 [>= L].
+
+    ``ahead[i]`` is 1 if the row's last token is itself still on its way. A row that cannot be drawn
+    from gets some token, so that the next step has one to read, and an error when it arrives.
+    """
+    count = len(rows)
+    top, tokens = logits.max(dim=-1)
+    sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0.0]
+    if sampled:
+        chosen = [rows[i] for i in sampled]
+        positions = [rows[i].position + ahead[i] for i in sampled]
+        numbers = uniforms([row.key for row in chosen], positions, Purpose.SAMPLE)
+        scales = np.array([inverse_temperature(row.params) for row in chosen])
+        floors = np.array([row.params.min_p for row in chosen])
+        device = logits.device
+        table = _to_device(np.stack((numbers, scales, floors)), device)
+        if len(sampled) == count:
+            weights = plain_weights(logits, top, table[1], table[2])
+            tokens = draw(weights, table[0])
+        else:
+            index = _to_device(np.array(sampled, dtype=np.int64), device)
+            weights = plain_weights(logits[index], top[index], table[1], table[2])
+            tokens.index_copy_(0, index, draw(weights, table[0]))
+    result = torch.empty(2, count, dtype=torch.int32, device=logits.device)
+    result[0] = tokens.clamp_(0, logits.shape[1] - 1)
+    result[1] = top.view(torch.int32)
+    drawn[:count] = result[0]
+    if not result.is_cuda:
+        return DeferredDraws(host=result, arrived=None)
+    host = torch.empty(2, count, dtype=torch.int32, pin_memory=True)
+    host.copy_(result, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return DeferredDraws(host=host, arrived=arrived)
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """From pinned memory, because a copy from any other would wait for the device."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
