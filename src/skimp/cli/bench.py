@@ -44,7 +44,12 @@ def bench(
     threads: opt.Threads = None,
     backend: opt.Backend = "auto",
     cache_dtype: opt.CacheDType = "auto",
-    token_budget: Annotated[int, typer.Option(help="Most tokens of one step.", metavar="N")] = 512,
+    token_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of one step.", metavar="N", show_default="512, on a GPU 8192"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of prompts and random weights.", metavar="N")] = 0,
     json_output: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -74,10 +79,10 @@ def bench(
     cases = [Case(batch=b, context=c, new_tokens=new_tokens) for b in batches for c in contexts]
     if rounds < 1:
         raise ValueError(f"rounds: at least 1, not {rounds}")
-    if token_budget < 1:
+    if token_budget is not None and token_budget < 1:
         raise ValueError(f"token_budget: at least 1, not {token_budget}")
     # Sequences of a batch start up to a step apart for each token_budget of prompt before them.
-    lag = max(-(-b * c // token_budget) + 8 for b in batches for c in contexts)
+    lag = max(-(-b * c // (token_budget or 512)) + 8 for b in batches for c in contexts)
     needed = max(contexts) + new_tokens + lag + 1
     limit = model_spec(str(model if random_weights is None else random_weights)).max_positions
     if max(contexts) + new_tokens + 1 > limit:

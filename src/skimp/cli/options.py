@@ -19,7 +19,9 @@ Device = Annotated[str, typer.Option(help="cpu or cuda.", metavar="NAME")]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; all by default.", metavar="N", show_default=False)
 ]
-Backend = Annotated[str, typer.Option(help="auto, native or plain kernels.", metavar="NAME")]
+Backend = Annotated[
+    str, typer.Option(help="auto, native, triton or plain kernels.", metavar="NAME")
+]
 CacheDType = Annotated[
     str,
     typer.Option(

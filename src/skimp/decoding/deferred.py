@@ -53,15 +53,24 @@ class DeferredDraws:
 
 
 def draw_deferred(
-    logits: Tensor, rows: Sequence[RowState], ahead: Sequence[int], drawn: Tensor
+    logits: Tensor,
+    rows: Sequence[RowState],
+    ahead: Sequence[int],
+    drawn: Tensor,
+    highest: tuple[Tensor, Tensor] | None = None,
 ) -> DeferredDraws:
     """Draw one token for each row of ``logits`` [L, V] float32 into ``drawn`` int32 [>= L].
 
     ``ahead[i]`` is 1 if the row's last token is itself still on its way. A row that cannot be drawn
     from gets some token, so that the next step has one to read, and an error when it arrives.
+    ``highest``: the rows' maxima and where they are, if the backend has found them already.
     """
     count = len(rows)
-    top, tokens = logits.max(dim=-1)
+    host, arrived = None, None
+    if logits.is_cuda:  # what can fail comes before ``drawn`` is written
+        host = torch.empty(2, count, dtype=torch.int32, pin_memory=True)
+        arrived = torch.cuda.Event()
+    top, tokens = logits.max(dim=-1) if highest is None else highest
     sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0.0]
     if sampled:
         chosen = [rows[i] for i in sampled]
@@ -73,20 +82,17 @@ def draw_deferred(
         table = _to_device(np.stack((numbers, scales, floors)), device)
         if len(sampled) == count:
             weights = plain_weights(logits, top, table[1], table[2])
-            tokens = draw(weights, table[0])
+            tokens = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1)
         else:
             index = _to_device(np.array(sampled, dtype=np.int64), device)
             weights = plain_weights(logits[index], top[index], table[1], table[2])
-            tokens.index_copy_(0, index, draw(weights, table[0]))
-    result = torch.empty(2, count, dtype=torch.int32, device=logits.device)
-    result[0] = tokens.clamp_(0, logits.shape[1] - 1)
-    result[1] = top.view(torch.int32)
+            chosen_tokens = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1)
+            tokens = tokens.index_copy(0, index, chosen_tokens.to(tokens.dtype))
+    result = torch.stack((tokens.to(torch.int32), top.view(torch.int32)))
     drawn[:count] = result[0]
-    if not result.is_cuda:
+    if host is None or arrived is None:
         return DeferredDraws(host=result, arrived=None)
-    host = torch.empty(2, count, dtype=torch.int32, pin_memory=True)
     host.copy_(result, non_blocking=True)
-    arrived = torch.cuda.Event()
     arrived.record()
     return DeferredDraws(host=host, arrived=arrived)
 

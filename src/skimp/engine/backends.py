@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,15 @@ class Backend(Protocol):
 
     name: str
 
+    def wait(self) -> None:
+        """Until the buffers may be written again."""
+        ...
+
+    def highest(self) -> tuple[Tensor, Tensor] | None:
+        """Of the last forward's logits, float32 [L] and int32 or int64 [L]: the largest and, of
+        those, the lowest index; None where it was not computed on the way."""
+        ...
+
     def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
         """Logits float32 [num_logits, V]; valid until the next call."""
         ...
@@ -41,19 +51,30 @@ class StepBuffers:
         max_logits: int,
         max_context: int,
     ) -> None:
+        device = arena.data.device
+
         def ints(*shape: int) -> np.ndarray:
             return np.zeros(shape, dtype=np.int32)
 
         self.token_ids, self.positions = ints(max_rows), ints(max_rows)
         # Where in ``drawn`` a row's token is to be read, or -1: it is in ``token_ids``.
         self.token_source = ints(max_rows)
-        self.drawn = torch.zeros(max_logits, dtype=torch.int32, device=arena.data.device)
+        self.drawn = torch.zeros(max_logits, dtype=torch.int32, device=device)
         self.row_seq, self.kv_end = ints(max_rows), ints(max_rows)
         self.seq_starts = ints(max_seqs + 1)
         self.logit_rows = ints(max_logits)
-        self.tables = [
-            ints(max_seqs, -(-max_context // group.page_tokens)) for group in layout.groups
+        self.pinned_tables = [
+            torch.zeros(
+                max_seqs,
+                -(-max_context // group.page_tokens),
+                dtype=torch.int32,
+                pin_memory=device.type == "cuda",
+            )
+            for group in layout.groups
         ]
+        self.tables = [table.numpy() for table in self.pinned_tables]
+        # Rows that were written since a backend with tables of its own last emptied this.
+        self.changed_tables: set[int] = set()
         self.arena = arena.data
         self.max_rows, self.max_seqs, self.max_logits = max_rows, max_seqs, max_logits
 
@@ -86,6 +107,12 @@ class StepBuffers:
 class PlainBackend:
     name = "plain"
 
+    def wait(self) -> None:
+        pass
+
+    def highest(self) -> None:
+        return None
+
     def __init__(self, decoder: Decoder, buffers: StepBuffers, ops: PlainOps) -> None:
         self._decoder, self._buffers, self._ops = decoder, buffers, ops
 
@@ -108,6 +135,12 @@ class NativeBackend:
     """The whole step captured once as a program of native kernels, replayed for any size."""
 
     name = "native"
+
+    def wait(self) -> None:
+        pass
+
+    def highest(self) -> None:
+        return None
 
     def __init__(
         self,
@@ -168,6 +201,22 @@ def choose_backend(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     decoder.to(options.device)
+    if _has_triton(options):
+        from skimp.engine.graphs import GraphBackend
+        from skimp.kernels.triton.ops import TritonOps
+
+        ops = TritonOps(dtype=decoder.dtype, deterministic=options.deterministic)
+        decoder.bind(ops, caches=caches, max_positions=max_positions)
+        return GraphBackend(decoder, buffers, ops, max_context=max_positions)
     plain_ops = PlainOps(serving=True, deterministic=options.deterministic, dtype=decoder.dtype)
     decoder.bind(plain_ops, caches=caches, max_positions=max_positions)
     return PlainBackend(decoder, buffers, plain_ops)
+
+
+def _has_triton(options: EngineOptions) -> bool:
+    if options.device != "cuda" or options.backend == "plain":
+        return False
+    found = importlib.util.find_spec("triton") is not None
+    if not found and options.backend == "triton":
+        raise OptionError("backend: triton is not installed")
+    return found

@@ -36,7 +36,7 @@ from skimp.model.locate import locate_model
 from skimp.text.tokenizer import Tokenizer
 
 Prompt = str | Seq[int]
-MAX_CACHE_SHARE = 0.25  # of the free memory, when cache_bytes is not given
+MAX_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of free memory, when cache_bytes is not given
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Engine:
         buffers = StepBuffers(
             layout,
             arena,
-            max_rows=max(options.token_budget, options.max_batch),
+            max_rows=max(options.step_tokens, options.max_batch),
             max_seqs=options.max_batch,
             max_logits=max_logits,
             max_context=self.max_context,
@@ -118,7 +118,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.cache,
             proposer or NoProposer(),
-            token_budget=options.token_budget,
+            token_budget=options.step_tokens,
             max_batch=options.max_batch,
             max_logits=max_logits,
         )
@@ -146,19 +146,24 @@ class Engine:
         """What the cost model says a full batch needs, within a share of the free memory, but
         always the arena that one sequence of the longest context wants."""
         options = self.options
-        least = layout.bytes_needed(self.max_context, options.token_budget)
+        least = layout.bytes_needed(self.max_context, options.step_tokens)
         plan = memory_plan(
             self.work,
             batch=options.max_batch,
             context=self.max_context,
             page_tokens=options.page_tokens,
-            step_tokens=options.token_budget,
+            step_tokens=options.step_tokens,
         )
         if options.device == "cuda":
-            free = torch.cuda.mem_get_info()[0]
+            weights = [*self.decoder.parameters()]
+            waiting = sum(weight.nbytes for weight in weights if not weight.is_cuda)
+            free = max(0, torch.cuda.mem_get_info()[0] - waiting)
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return max(min(int(plan.cache_bytes), int(free * MAX_CACHE_SHARE)), min(least, free))
+        return max(
+            min(int(plan.cache_bytes), int(free * MAX_CACHE_SHARE[options.device])),
+            min(least, free),
+        )
 
     # ---- requests -------------------------------------------------------------------------
 
@@ -211,9 +216,10 @@ class Engine:
         if request is None:
             return
         for seq in request.sequences:
-            if seq.finish_reason is None:
+            if not seq.ended:
                 self._finish(seq, "abort")
         self._pending.append(self._close(request))
+        self._forget_vain_flight()
 
     def has_unfinished(self) -> bool:
         return bool(self._requests or self._pending or self._flight)
@@ -287,33 +293,56 @@ class Engine:
         The first of several steps that overlap launches only, and has none.
         """
         outputs, self._pending = self._pending, []
+        before, self._flight = self._flight, None
+        launched: _Flight | None = None
         try:
-            launched = self._launch()
-            landing, self._flight = self._flight, None
-            assert launched or landing or outputs or not self._requests, "nothing can be scheduled"
-            if landing is not None:
-                outputs += self._land(landing)
-            if launched is not None and launched.deferred is None:
-                outputs += self._land(launched)
-            else:
+            try:
+                launched = self._launch(before)
+            finally:
+                # Whatever became of the launch: the tokens on the device last until the next one.
+                if before is not None:
+                    outputs += self._land(before)
+                    before = None
+            if launched is None or launched.deferred is not None:
                 self._flight = launched
+                self._forget_vain_flight()
+            else:
+                outputs += self._land(launched)
         except BaseException:
-            self._pending = outputs
+            if before is not None:  # it broke while it landed
+                self._abandon(before)
+                if launched is not None:
+                    self._abandon(launched)
+            self._pending = outputs + self._pending
             raise
         return outputs
 
-    def _launch(self) -> _Flight | None:
-        """Schedule and start a step; None when there is nothing to compute."""
-        if self._flight is not None:
-            self._commit(self._flight)
+    def _launch(self, before: _Flight | None) -> _Flight | None:
+        """Schedule and start a step while ``before`` flies; None where nothing is to be computed."""
+        if before is not None:
+            self._commit(before)
         work = self.scheduler.schedule()
         if not work:
+            waits = self._requests and before is None and not self._pending
+            assert not waits, "requests wait, but none could be scheduled"
             return None
         try:
             return self._start(work)
         except BaseException:
             self._roll_back(work)
             raise
+
+    def _abandon(self, flight: _Flight) -> None:
+        """Have a step that never landed computed again: its tokens come out the same."""
+        for item in flight.work:
+            item.seq.flying = None
+            if item.seq.cache is not None:
+                self.scheduler.preempt(item.seq)
+
+    def _forget_vain_flight(self) -> None:
+        """Do not wait for a step all of whose sequences have ended."""
+        if self._flight is not None and all(item.seq.ended for item in self._flight.work):
+            self._flight = None
 
     def _roll_back(self, work: list[Work]) -> None:
         """What was appended and not committed is computed again if the caller goes on."""
@@ -338,11 +367,13 @@ class Engine:
 
     def _defer(self, flight: _Flight) -> None:
         seqs = [draw.item.seq for draw in flight.draws]
+        lines = [draw.line for draw in flight.draws]
         flight.deferred = draw_deferred(
-            _select(flight.logits, [draw.line for draw in flight.draws]),
+            _select(flight.logits, lines),
             [seq.sampling for seq in seqs],
             [int(seq.flying is not None) for seq in seqs],
             self.runner.buffers.drawn,
+            self.runner.backend.highest() if len(lines) == len(flight.logits) else None,
         )
         for place, seq in enumerate(seqs):
             seq.flying = Flying(flight.number, place)
@@ -564,7 +595,7 @@ class Engine:
             )
         if params.n > self.options.max_batch:
             raise RequestError(f"n: {params.n} samples exceed max_batch {self.options.max_batch}")
-        if not self.cache.fits(len(prompt_ids) + max_tokens, self.options.token_budget):
+        if not self.cache.fits(len(prompt_ids) + max_tokens, self.options.step_tokens):
             raise RequestError(
                 f"prompt: {len(prompt_ids)} tokens and {max_tokens} generated ones need more cache "
                 f"than the whole budget of {self.cache.arena.budget_bytes} bytes"

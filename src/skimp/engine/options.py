@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from skimp.errors import OptionError
 from skimp.model.caches import CacheDType
 
-Backend = Literal["auto", "native", "plain"]
+Backend = Literal["auto", "native", "triton", "plain"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
 
 
@@ -17,12 +17,13 @@ class EngineOptions:
     """Options of an :class:`~skimp.engine.Engine`; a wrong one raises ``OptionError``.
 
     ``cache_bytes`` is the arena's whole budget (None: what ``max_batch`` sequences of
-    ``max_context`` tokens need, but at most a quarter of the free memory). ``token_budget`` is the
-    most prompt and generated tokens one step computes. ``deterministic`` makes every request's
-    tokens independent of what else is in the batch, bit by bit; float32 on the native backend is
-    so anyway. ``max_context`` defaults to the model's own limit. ``page_tokens`` must be a multiple
-    of 16 on the native backend. ``overlap`` launches a step before the one before it has been read
-    (None: on a GPU), where the requests allow it: no token changes.
+    ``max_context`` tokens need, but at most a quarter of the free memory, on a GPU 85 %).
+    ``token_budget`` is the most prompt and generated tokens one step computes (None: 512, or 8,192
+    on a GPU). ``deterministic`` makes every request's tokens independent of what else is in the
+    batch, bit by bit; float32 on the native backend is so anyway. ``max_context`` defaults to the
+    model's own limit. ``page_tokens`` must be a multiple of 16 on the native backend. ``overlap``
+    launches a step before the one before it has been read (None: on a GPU), where the requests
+    allow it: no token changes.
 
     ``cache_dtype`` is how keys and values are remembered: ``auto`` (what the checkpoint asks for,
     else as the weights), ``bfloat16``, ``float32``, or rounded to ``fp8``, ``int8`` or ``int4``;
@@ -36,7 +37,7 @@ class EngineOptions:
     threads: int | None = None
     cache_bytes: int | None = None
     max_batch: int = 64
-    token_budget: int = 512
+    token_budget: int | None = None
     max_context: int | None = None
     page_tokens: int = 16
     cache_dtype: CacheDType = "auto"
@@ -48,9 +49,9 @@ class EngineOptions:
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "token_budget", "page_tokens"):
+        for name in ("max_batch", "page_tokens"):
             self._check_count(name, getattr(self, name))
-        for name in ("threads", "cache_bytes", "max_context"):
+        for name in ("threads", "cache_bytes", "max_context", "token_budget"):
             if getattr(self, name) is not None:
                 self._check_count(name, getattr(self, name))
         for name, most in (("max_batch", 1 << 14), ("token_budget", 1 << 20), ("threads", 1024)):
@@ -72,6 +73,13 @@ class EngineOptions:
             raise OptionError(f"device: expected cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and self.backend == "native":
             raise OptionError("backend: native kernels run on the cpu, but device is cuda")
+        if self.device == "cpu" and self.backend == "triton":
+            raise OptionError("backend: triton kernels run on a GPU, but device is cpu")
+
+    @property
+    def step_tokens(self) -> int:
+        """The token budget, chosen or the device's."""
+        return self.token_budget or (8192 if self.device == "cuda" else 512)
 
     def _check_count(self, name: str, value: Any, *, least: int = 1) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -22,6 +22,7 @@ class Runner:
     def run(self, work: Sequence[Work]) -> Tensor:
         """Logits float32 [L, V] of the rows each part of the work asked for, in order."""
         buffers = self.buffers
+        self.backend.wait()
         buffers.token_source[: sum(item.num_tokens for item in work)] = -1
         row = logit = 0
         for index, item in enumerate(work):
@@ -38,7 +39,9 @@ class Runner:
                 buffers.row_seq[row] = index
             else:
                 rows = slice(row, row + count)
-                buffers.token_ids[rows] = item.token_ids
+                token_ids = item.token_ids
+                assert len(token_ids) == count, "a prompt's token is on its way"
+                buffers.token_ids[rows] = token_ids
                 buffers.positions[rows] = np.arange(start, start + count)
                 buffers.kv_end[rows] = np.arange(start + 1, start + count + 1)
                 buffers.row_seq[rows] = index
@@ -47,7 +50,8 @@ class Runner:
                 buffers.logit_rows[logit] = row - offset
                 logit += 1
         buffers.seq_starts[len(work)] = row
-        self._tables.update([item.seq.cache for item in work if item.seq.cache is not None])
+        caches = [item.seq.cache for item in work if item.seq.cache is not None]
+        buffers.changed_tables.update(self._tables.update(caches))
         return self.backend.forward(row, len(work), logit)
 
     @contextmanager

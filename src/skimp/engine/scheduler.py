@@ -94,7 +94,7 @@ class Scheduler:
                 continue
             item = self._size(seq, budget, logits)
             while seq.cache is not None and not self.cache.append(seq.cache, item.num_tokens):
-                self._preempt(self.running[-1])
+                self.preempt(self.running[-1])
                 preempted = True
             if seq.cache is None:
                 break  # it was itself the last
@@ -140,7 +140,8 @@ class Scheduler:
         draft = self.proposer.propose(seq.tokens, room) if room > 0 else ()
         return Work(seq, start, known, 1 + len(draft), tuple(draft), reaches_end=True)
 
-    def _preempt(self, seq: Sequence) -> None:
+    def preempt(self, seq: Sequence) -> None:
+        """Take a running sequence's pages; it waits to be computed again."""
         assert seq.cache is not None
         self.cache.close(seq.cache)
         seq.cache = None

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from skimp.formats.weight import FP8_MAX, QuantizedWeight
 
-TRITON_ROWS = 64  # on a GPU more rows are quicker with the weights expanded first
-
 
 def lowbit_linear(x: Tensor, weight: QuantizedWeight, *, split_rows: bool = False) -> Tensor:
     """``x @ weight.T`` in the dtype of ``x`` [R, K]; rows are rounded first if the format says so.
@@ -19,13 +17,6 @@ def lowbit_linear(x: Tensor, weight: QuantizedWeight, *, split_rows: bool = Fals
     multiplies row by row, so that none depends on how many there are.
     """
     kind = weight.format.activations
-    if x.is_cuda and kind != "fp8" and x.shape[0] <= TRITON_ROWS:
-        from skimp.kernels.triton.lowbit import lowbit_matmul
-
-        if kind is None:
-            return lowbit_matmul(x, weight).to(x.dtype)
-        q, scale = quantize_rows(x)
-        return lowbit_matmul(q, weight, scale[:, 0]).to(x.dtype)
     dense = weight.dequantize()
     rows = round_rows(x, kind) if kind is not None else x
     dense = dense.to(rows.dtype)

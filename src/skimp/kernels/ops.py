@@ -28,6 +28,16 @@ from skimp.model.spec import Activation, AttentionSpec
 PackLayout = Literal["stack", "gated", "table"]
 
 
+@dataclass(frozen=True)
+class StepBounds:
+    """What the host knows of a step whose inputs lie on a device."""
+
+    rows: int  # of the sequence that has most
+    context: int  # no ``kv_end`` is above
+    whole: tuple[int, ...] = ()  # seq_starts, if all are causal, from position 0, and long
+    captured: bool = False  # the step is part of a graph, which goes on using its memory
+
+
 @dataclass
 class StepInputs:
     """One forward's inputs. Rows of a sequence are adjacent and in position order.
@@ -44,6 +54,7 @@ class StepInputs:
     logit_rows: Tensor  # int32 [L]
     arena: Tensor | None = None  # uint8, the cache arena
     block_tables: tuple[Tensor, ...] = ()  # per group int32 [S, pages]: page address / 64 bytes
+    bounds: StepBounds | None = None  # for backends that may not look at the tensors
 
     def to(self, device: torch.device) -> StepInputs:
         """The same step with its small tensors on ``device``; the arena stays where it is."""

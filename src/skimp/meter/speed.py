@@ -246,7 +246,7 @@ def _result(
     contexts = rounds[0].contexts
     cost = step_cost(work, [SequenceStep(context=c) for c in contexts])
     time_ = predict(cost, hardware)
-    prefill_s = predict_prefill(work, hardware, case, engine.options.token_budget)
+    prefill_s = predict_prefill(work, hardware, case, engine.options.step_tokens)
     return SpeedResult(
         case=case,
         device=engine.options.device,

@@ -47,9 +47,9 @@ def engine_bytes(spec: ModelSpec, options: EngineOptions, free: float) -> float:
         batch=options.max_batch,
         context=options.max_context or spec.max_positions,
         page_tokens=options.page_tokens,
-        step_tokens=options.token_budget,
+        step_tokens=options.step_tokens,
     )
-    cache = options.cache_bytes or min(plan.cache_bytes, free * MAX_CACHE_SHARE)
+    cache = options.cache_bytes or min(plan.cache_bytes, free * MAX_CACHE_SHARE[options.device])
     return plan.weight_bytes + plan.workspace_bytes + cache
 
 

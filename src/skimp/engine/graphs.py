@@ -1,0 +1,166 @@
+"""The GPU backend: a step of generation is one CUDA graph, launched before the last has ended."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skimp.engine.backends import StepBuffers
+from skimp.kernels.ops import StepBounds, StepInputs
+from skimp.kernels.triton import vendor
+from skimp.kernels.triton.ops import TritonOps
+from skimp.kernels.triton.rows import pick_drawn, row_max
+from skimp.model.decoder import Decoder
+
+MOST_GRAPHED = 512
+Captured = tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Batch sizes that have a graph; a batch takes the next larger one."""
+    sizes = [1, 2, 4, 8, *range(16, 64, 8), *range(64, 128, 16), *range(128, MOST_GRAPHED + 1, 32)]
+    return [size for size in sizes if size < most] + [min(most, MOST_GRAPHED)]
+
+
+class GraphBackend:
+    """Steps in which every sequence gains one row are replayed; others are launched kernel by
+    kernel. A size's graph is captured when it is first needed.
+
+    The small inputs of a step travel in one copy out of pinned memory, which is written again only
+    when that copy is done; block tables lie in pinned memory themselves.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self, decoder: Decoder, buffers: StepBuffers, ops: TritonOps, *, max_context: int
+    ) -> None:
+        self._decoder, self._buffers, self._ops = decoder, buffers, ops
+        self._device = buffers.arena.device
+        self._max_context = max_context
+        self._sizes = graph_sizes(buffers.max_seqs)
+        self._graphs: dict[int, Captured] = {}
+        self._highest: tuple[Tensor, Tensor] | None = None
+        self._pool = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
+        most = 5 * buffers.max_rows + buffers.max_seqs + 1 + buffers.max_logits
+        self._staging = torch.zeros(most, dtype=torch.int32, pin_memory=True)
+        self._inputs = torch.zeros(most, dtype=torch.int32, device=self._device)
+        self._tables = [
+            torch.zeros(table.shape, dtype=torch.int32, device=self._device)
+            for table in buffers.tables
+        ]
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def wait(self) -> None:
+        self._copied.synchronize()
+
+    def graph(self, batch: int) -> torch.cuda.CUDAGraph:
+        """The graph that a generation step of ``batch`` sequences replays; KeyError before it has
+        been captured."""
+        return self._graphs[self._sizes[bisect_left(self._sizes, batch)]][0]
+
+    @torch.inference_mode()
+    def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
+        single = rows == num_seqs == num_logits <= self._sizes[-1]
+        self._highest = None
+        if not single:
+            self._send(rows, num_seqs, num_logits)
+            return self._run(self._step(rows, num_seqs, num_logits, self._bounds(rows, num_seqs)))
+        size = self._sizes[bisect_left(self._sizes, rows)]
+        self._pad(rows, size)
+        self._send(size, size, size)
+        captured = self._graphs.get(size)
+        if captured is None:
+            captured = self._graphs[size] = self._capture(size)
+        graph, logits, (top, best) = captured
+        graph.replay()
+        self._highest = top[:num_logits], best[:num_logits]
+        return logits[:num_logits]
+
+    def highest(self) -> tuple[Tensor, Tensor] | None:
+        return self._highest
+
+    def _bounds(self, rows: int, num_seqs: int) -> StepBounds:
+        """Rounded up, so that few plans serve many steps."""
+        buffers = self._buffers
+        starts = buffers.seq_starts[: num_seqs + 1]
+        lengths = np.diff(starts)
+        most, context = int(lengths.max()), int(buffers.kv_end[:rows].max())
+        fresh = not buffers.positions[starts[:-1]].any() and lengths.min() >= vendor.LEAST_ROWS
+        return StepBounds(
+            1 << (most - 1).bit_length(),
+            1 << (context - 1).bit_length(),
+            tuple(starts.tolist()) if fresh else (),
+        )
+
+    def _run(self, step: StepInputs) -> Tensor:
+        pick_drawn(step.token_ids, self._source(step.token_ids.shape[0]), self._buffers.drawn)
+        logits: Tensor = self._decoder(step, self._ops)
+        return logits
+
+    def _capture(self, size: int) -> Captured:
+        step = self._step(size, size, size, StepBounds(1, self._max_context, captured=True))
+        row_max(self._run(step))  # compiles; the replay writes the same keys and values again
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = self._run(step)
+            highest = row_max(logits)
+        return graph, logits, highest
+
+    def _pad(self, rows: int, size: int) -> None:
+        """Rows without a sequence, which read and write nothing of the cache."""
+        buffers = self._buffers
+        extra = np.arange(rows, size)
+        buffers.token_ids[rows:size] = 0
+        buffers.token_source[rows:size] = -1
+        buffers.positions[rows:size] = -1
+        buffers.kv_end[rows:size] = 0
+        buffers.row_seq[rows:size] = extra
+        buffers.seq_starts[rows + 1 : size + 1] = extra + 1
+        buffers.logit_rows[rows:size] = extra
+
+    def _send(self, rows: int, num_seqs: int, num_logits: int) -> None:
+        buffers, staging, place = self._buffers, self._staging.numpy(), 0
+        for source, count in (
+            (buffers.token_ids, rows),
+            (buffers.token_source, rows),
+            (buffers.positions, rows),
+            (buffers.row_seq, rows),
+            (buffers.kv_end, rows),
+            (buffers.seq_starts, num_seqs + 1),
+            (buffers.logit_rows, num_logits),
+        ):
+            staging[place : place + count] = source[:count]
+            place += count
+        self._inputs[:place].copy_(self._staging[:place], non_blocking=True)
+        changed = buffers.changed_tables
+        if changed:
+            low, high = min(changed), max(changed) + 1
+            for table, pinned in zip(self._tables, buffers.pinned_tables):
+                table[low:high].copy_(pinned[low:high], non_blocking=True)
+            changed.clear()
+        self._copied.record()
+
+    def _source(self, rows: int) -> Tensor:
+        return self._inputs[rows : 2 * rows]
+
+    def _step(self, rows: int, num_seqs: int, num_logits: int, bounds: StepBounds) -> StepInputs:
+        """Where :meth:`_send` puts the inputs of a step of this size."""
+        counts = (rows, rows, rows, rows, rows, num_seqs + 1, num_logits)
+        parts = self._inputs[: sum(counts)].split(counts)
+        return StepInputs(
+            token_ids=parts[0],
+            positions=parts[2],
+            row_seq=parts[3],
+            kv_end=parts[4],
+            seq_starts=parts[5],
+            logit_rows=parts[6],
+            arena=self._buffers.arena,
+            block_tables=tuple(self._tables),
+            bounds=bounds,
+        )

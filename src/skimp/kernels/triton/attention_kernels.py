@@ -1,0 +1,600 @@
+"""The two attention kernels: one prepares and stores heads, one attends; or the latter does both.
+
+Shape legend: R rows, H query heads, G key-value heads, D head size and DP its power of two. A tile
+holds ROWS rows of one sequence times the GROUP query heads of one key-value head, so keys are read
+once for all of them. Peaks and scores count in powers of two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from skimp.kernels.triton.cached_heads import (
+    load_heads,
+    prepared,
+    prepared_heads,
+    raw_heads,
+    slots,
+    store_heads,
+    turned,
+)
+from skimp.kernels.triton.launch import let_next_start, wait_for_inputs
+
+# How a program finds its rows.
+ONE_ROW, ONE_TILE, SEARCH = 0, 1, 2
+
+
+@triton.jit(do_not_specialize=["rows"])
+def append_kernel(
+    qkv_ptr,
+    q_ptr,
+    out_ptr,
+    arena_ptr,
+    scales_ptr,
+    table_ptr,
+    recent_ptr,
+    recent_table_ptr,
+    positions_ptr,
+    row_seq_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
+    cos_ptr,
+    sin_ptr,
+    rows,
+    qkv_stride,
+    table_stride,
+    recent_stride,
+    offset,
+    recent_offset,
+    EPS: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TURN: tl.constexpr,
+    ROOT: tl.constexpr,
+    KIND: tl.constexpr,
+    RECENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    ITEM: tl.constexpr,
+    PLANE: tl.constexpr,
+    ALL: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One head of BLOCK_R rows: queries go to ``q``, keys and values to the cache and, if ALL, to
+    ``q`` as well, whose rows then are as wide as those of ``qkv``."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    head = tl.program_id(1)
+    dims = tl.arange(0, DP)
+    inside = row < rows
+    position = tl.load(positions_ptr + row, mask=inside, other=-1)
+    ok = position >= 0
+    wide = row.to(tl.int64)
+    if head < H:
+        x = prepared_heads(
+            qkv_ptr, wide * qkv_stride + head * D, position, ok, q_factor_ptr, cos_ptr, sin_ptr,
+            EPS, D, DP, NORM, ROTARY, INTERLEAVED,
+        )  # fmt: skip
+        if TURN:
+            x = turned(x, BLOCK_R, D, DP, ROOT)
+        real = (dims < D)[None, :]
+        width: tl.constexpr = (H + 2 * G if ALL else H) * D
+        to = (wide * width + head * D)[:, None] + dims[None, :]
+        tl.store(q_ptr + to, x.to(q_ptr.dtype.element_ty), mask=ok[:, None] & real)
+        to = (wide * (H * D) + head * D)[:, None] + dims[None, :]
+        zeros = tl.zeros((BLOCK_R, DP), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + to, zeros, mask=(inside & (position < 0))[:, None] & real)
+    else:
+        vector = head - H  # of [2, kv_heads]
+        start = wide * qkv_stride + head * D
+        if head < H + G:
+            x = prepared_heads(
+                qkv_ptr, start, position, ok, k_factor_ptr, cos_ptr, sin_ptr,
+                EPS, D, DP, NORM, ROTARY, INTERLEAVED,
+            )  # fmt: skip
+        else:
+            x = prepared_heads(
+                qkv_ptr, start, position, ok, k_factor_ptr, cos_ptr, sin_ptr,
+                EPS, D, DP, False, 0, False,
+            )  # fmt: skip
+        if TURN:
+            x = turned(x, BLOCK_R, D, DP, ROOT)
+        if ALL:
+            to = (wide * ((H + 2 * G) * D) + head * D)[:, None] + dims[None, :]
+            tl.store(
+                q_ptr + to, x.to(q_ptr.dtype.element_ty), mask=ok[:, None] & (dims < D)[None, :]
+            )
+        seq = tl.load(row_seq_ptr + row, mask=ok, other=0).to(tl.int64)
+        table = table_ptr + seq * table_stride
+        at, scale_at = slots(table, position, ok, offset, vector, KIND, D, PAGE, ITEM)
+        store_heads(x, arena_ptr, scales_ptr, at, scale_at, ok, BLOCK_R, KIND, D, DP)
+        if RECENT > 0:
+            table = recent_table_ptr + seq * recent_stride
+            at, scale_at = slots(table, position, ok, recent_offset, vector, 0, D, PAGE, ITEM)
+            store_heads(x, recent_ptr, scales_ptr, at, scale_at, ok, BLOCK_R, 0, D, DP)
+
+
+@triton.jit
+def _prefetch(vectors, D: tl.constexpr, ITEM: tl.constexpr):
+    """Bring the vectors at these addresses [M] to the second-level cache."""
+    LINES: tl.constexpr = triton.cdiv(D * ITEM, 128)
+    within = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1) * (128 // ITEM)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [(vectors[:, None] + within[None, :]).to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _score(raw, QK_SCALE: tl.constexpr, CAP: tl.constexpr):
+    """Products as scores in powers of two."""
+    if CAP > 0:
+        # tanh(x) = 1 - 2 / (1 + e**2x)
+        power = tl.exp2(raw * (QK_SCALE * 2.8853900817779268 / CAP))
+        return (CAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + power))
+    else:
+        return raw * (QK_SCALE * 1.4426950408889634)
+
+
+@triton.jit
+def _over_keys(
+    q,
+    peak,
+    total,
+    acc,
+    start,
+    stop,
+    row_low,
+    row_end,
+    tile_low,
+    skip,
+    arena_ptr,
+    scales_ptr,
+    table,
+    offset,
+    head,
+    MASKED: tl.constexpr,
+    LOWER: tl.constexpr,
+    SKIP: tl.constexpr,
+    QK_SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    ITEM: tl.constexpr,
+    PLANE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
+    """Online softmax (Milakov & Gimelshein 2018) over the keys [start, stop). Not ``MASKED``:
+    every row sees every one of them, and they are whole blocks."""
+    columns = tl.arange(0, BLOCK_N)
+    for first in tl.range(start, stop, BLOCK_N):
+        keys = first + columns
+        if MASKED:
+            ok = (keys < stop) & (keys >= tile_low)
+            if SKIP:
+                ok = ok & (keys != skip)
+        else:
+            ok = None
+        at, scale_at = slots(table, keys, ok, offset, head, KIND, D, PAGE, ITEM)
+        k = load_heads(arena_ptr, at, ok, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
+        raw = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if KIND > 0:
+            if MASKED:
+                k_scale = tl.load(scales_ptr + scale_at, mask=ok, other=0.0)
+                v_scale = tl.load(scales_ptr + scale_at + PLANE // 2, mask=ok, other=0.0)
+            else:
+                k_scale = tl.load(scales_ptr + scale_at)
+                v_scale = tl.load(scales_ptr + scale_at + PLANE // 2)
+            raw = raw * k_scale.to(tl.float32)[None, :]
+        scores = _score(raw, QK_SCALE, CAP)
+        if MASKED:
+            seen = ok[None, :] & (keys[None, :] < row_end[:, None])
+            if LOWER:
+                seen = seen & (keys[None, :] >= row_low[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        # Before a row's first visible key its peak is -inf, and differences would be NaN.
+        level = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+        weights = tl.exp2(scores - level[:, None])
+        shrink = tl.exp2(peak - level)
+        total = total * shrink + tl.sum(weights, 1)
+        peak = new_peak
+        v = load_heads(arena_ptr, at + PLANE, ok, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
+        if KIND > 0:
+            weights = weights * v_scale.to(tl.float32)[None, :]
+        acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return peak, total, acc
+
+
+@triton.jit
+def _memory(
+    q,
+    peak,
+    total,
+    acc,
+    start,
+    stop,
+    row_low,
+    row_end,
+    ok,
+    skip,
+    arena_ptr,
+    scales_ptr,
+    table,
+    offset,
+    head,
+    TWO_PHASE: tl.constexpr,
+    LOWER: tl.constexpr,
+    SKIP: tl.constexpr,
+    QK_SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    ITEM: tl.constexpr,
+    PLANE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+):
+    """One memory's keys: row i sees [row_low, row_end) of it, this program those in
+    [start, stop), of which ``start`` is a multiple of BLOCK_N."""
+    some = ok & (row_low < row_end)
+    tile_low = tl.min(tl.where(some, row_low, 0x7FFFFFFF))
+    tile_end = tl.max(tl.where(some, row_end, 0))
+    start = tl.maximum(start, tl.minimum(tile_low, tile_end) // BLOCK_N * BLOCK_N)
+    stop = tl.minimum(stop, tile_end)
+    if TWO_PHASE:
+        # Whole blocks that every row sees need no masks.
+        all_low = tl.max(tl.where(ok, row_low, 0)) if LOWER else 0
+        all_end = tl.min(tl.where(ok, row_end, 0x7FFFFFFF))
+        middle = tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, stop)
+        middle = tl.maximum(middle, start)
+        late = tl.maximum(tl.minimum(all_end, stop) // BLOCK_N * BLOCK_N, middle)
+        if LOWER:
+            peak, total, acc = _over_keys(
+                q, peak, total, acc, start, middle, row_low, row_end, tile_low, skip,
+                arena_ptr, scales_ptr, table, offset, head, True, LOWER, SKIP, QK_SCALE, CAP,
+                KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+            )  # fmt: skip
+        peak, total, acc = _over_keys(
+            q, peak, total, acc, middle, late, row_low, row_end, tile_low, skip,
+            arena_ptr, scales_ptr, table, offset, head, False, LOWER, SKIP, QK_SCALE, CAP,
+            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+        )  # fmt: skip
+        start = late
+    return _over_keys(
+        q, peak, total, acc, start, stop, row_low, row_end, tile_low, skip,
+        arena_ptr, scales_ptr, table, offset, head, True, LOWER, SKIP, QK_SCALE, CAP,
+        KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "num_seqs", "least_rows", "target"])
+def attention_kernel(
+    q_ptr,
+    out_ptr,
+    arena_ptr,
+    scales_ptr,
+    table_ptr,
+    recent_ptr,
+    recent_table_ptr,
+    positions_ptr,
+    row_seq_ptr,
+    kv_end_ptr,
+    seq_starts_ptr,
+    q_factor_ptr,
+    k_factor_ptr,
+    cos_ptr,
+    sin_ptr,
+    sinks_ptr,
+    partial_ptr,
+    level_ptr,
+    counter_ptr,
+    rows,
+    num_seqs,
+    least_rows,
+    target,
+    q_stride,
+    table_stride,
+    recent_stride,
+    offset,
+    recent_offset,
+    EPS: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    NORM: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TURN: tl.constexpr,
+    ROOT: tl.constexpr,
+    KIND: tl.constexpr,
+    RECENT: tl.constexpr,
+    PAGE: tl.constexpr,
+    ITEM: tl.constexpr,
+    PLANE: tl.constexpr,
+    QK_SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    FUSED: tl.constexpr,
+    MODE: tl.constexpr,
+    TWO_PHASE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_P: tl.constexpr,
+    LEAST_BLOCKS: tl.constexpr,
+    LONE_BLOCKS: tl.constexpr,
+    ROWS_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A tile's share of its keys; the last program to end adds the shares, in their order.
+
+    ``FUSED`` (single rows only): ``q`` is the whole qkv, and the first split also stores the new
+    key and value, which nobody reads from the cache in this launch.
+    """
+    GROUP: tl.constexpr = H // G
+    ROWS: tl.constexpr = 1 if MODE == 0 else BLOCK_M // GROUP
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    if MODE == 0:
+        first = tile
+        end = tile + 1
+    elif MODE == 1:
+        first = tl.load(seq_starts_ptr + tile)
+        end = tl.load(seq_starts_ptr + tile + 1)
+        if end - first > ROWS:
+            end = first  # left to the launch for longer ones
+    else:
+        # Sequence i owns tiles from starts[i] // ROWS + i on; the last tiles, with the most keys,
+        # go first.
+        tile = tl.num_programs(0) - 1 - tile
+        left = 0
+        right = num_seqs
+        while left < right:
+            middle = (left + right) // 2
+            if tl.load(seq_starts_ptr + middle) // ROWS + middle <= tile:
+                left = middle + 1
+            else:
+                right = middle
+        start = tl.load(seq_starts_ptr + left - 1)
+        end = tl.load(seq_starts_ptr + left)
+        first = start + (tile - (start // ROWS + left - 1)) * ROWS
+        if end - start < least_rows:
+            end = first
+    if first >= end:
+        return
+    seq = tl.load(row_seq_ptr + first).to(tl.int64)
+    lane = tl.arange(0, BLOCK_M)
+    row = first + lane // GROUP
+    q_head = head * GROUP + lane % GROUP
+    ok = (lane < ROWS * GROUP) & (row < end)
+    position = tl.load(positions_ptr + row, mask=ok, other=-1)
+    row_end = tl.load(kv_end_ptr + row, mask=ok, other=0)
+    dims = tl.arange(0, DP)
+    out_at = (row.to(tl.int64) * (H * D) + q_head * D)[:, None] + dims[None, :]
+    if FUSED and (tl.max(position) < 0) & (split == 0):
+        wait_for_inputs(PDL)
+        zeros = tl.zeros((BLOCK_M, DP), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out_at, zeros, mask=ok[:, None] & (dims < D)[None, :])
+    ok = ok & (position >= 0)
+    tile_end = tl.max(tl.where(ok, row_end, 0))
+    if WINDOW > 0:
+        row_low = tl.maximum(position - (WINDOW - 1), 0)
+        tile_low = tl.min(tl.where(ok, row_low, 0x7FFFFFFF))
+        tile_low = tl.minimum(tile_low, tile_end) // BLOCK_N * BLOCK_N
+    else:
+        row_low = tl.zeros((BLOCK_M,), tl.int32)
+        tile_low = 0
+    start = tile_low
+    stop = tile_end
+    active = 1
+    if SPLITS > 1:
+        blocks = tl.cdiv(tile_end - tile_low, BLOCK_N)
+        share = tl.maximum(tl.cdiv(blocks, SPLITS), LEAST_BLOCKS)
+        if ROWS_P > 0:
+            # Shares of about one size over all sequences, so that a long one does not lag.
+            every = tl.arange(0, ROWS_P)
+            lengths = tl.load(kv_end_ptr + every, mask=every < rows, other=0)
+            used = tl.load(positions_ptr + every, mask=every < rows, other=-1) >= 0
+            if WINDOW > 0:
+                lengths = tl.minimum(lengths, WINDOW)
+            lengths = tl.where(used, tl.cdiv(lengths, BLOCK_N), 0)
+            share = tl.maximum(share, tl.cdiv(tl.sum(lengths) * G, target))
+        if blocks <= LONE_BLOCKS:
+            share = LONE_BLOCKS  # adding shares up would cost more than they save
+        active = tl.maximum(tl.cdiv(blocks, share), 1)
+        start = tile_low + split * share * BLOCK_N
+        stop = tl.minimum(start + share * BLOCK_N, tile_end)
+    if (split >= active) | (tl.max(position) < 0):
+        return
+    table = table_ptr + seq * table_stride
+    if RECENT > 0:
+        recent_table = recent_table_ptr + seq * recent_stride
+
+    q_at = row.to(tl.int64) * q_stride + q_head * D
+    if PDL and KIND == 0:
+        # Keys and values of earlier steps are on their way while the kernel before ends.
+        near = start + tl.arange(0, BLOCK_N)
+        near_at, _ = slots(table, near, near < stop, offset, head, KIND, D, PAGE, ITEM)
+        _prefetch(arena_ptr + near_at, D, ITEM)
+        _prefetch(arena_ptr + near_at + PLANE, D, ITEM)
+    wait_for_inputs(PDL)  # all that was read so far the host has sent
+    let_next_start(PDL)
+    if FUSED:
+        raw_q = raw_heads(
+            q_ptr, q_at, position, ok, q_factor_ptr, cos_ptr, sin_ptr,
+            D, DP, NORM, ROTARY, INTERLEAVED,
+        )  # fmt: skip
+        one = tl.arange(0, 1)
+        here = tl.load(positions_ptr + first + one)
+        new_end = tl.load(kv_end_ptr + first)
+        new_at = (first + one).to(tl.int64) * q_stride + (H + head) * D
+        raw_k = raw_heads(
+            q_ptr, new_at, here, one == 0, k_factor_ptr, cos_ptr, sin_ptr,
+            D, DP, NORM, ROTARY, INTERLEAVED,
+        )  # fmt: skip
+        raw_v = raw_heads(
+            q_ptr, new_at + G * D, here, one == 0, k_factor_ptr, cos_ptr, sin_ptr,
+            D, DP, False, 0, False,
+        )  # fmt: skip
+        q = prepared(raw_q, EPS, D, DP, NORM, ROTARY, INTERLEAVED)
+        if TURN:
+            q = turned(q, BLOCK_M, D, DP, ROOT)
+        q = q.to(DTYPE)
+    else:
+        inside = ok[:, None] & (dims < D)[None, :]
+        q = tl.load(q_ptr + q_at[:, None] + dims[None, :], mask=inside, other=0.0)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, DP), tl.float32)
+    if split == 0:
+        if SINKS:
+            peak = tl.load(sinks_ptr + q_head, mask=ok, other=0.0) * 1.4426950408889634
+            total += 1.0
+        if FUSED:
+            k = prepared(raw_k, EPS, D, DP, NORM, ROTARY, INTERLEAVED)
+            v = prepared(raw_v, EPS, D, DP, False, 0, False)
+            if TURN:
+                k = turned(k, 1, D, DP, ROOT)
+                v = turned(v, 1, D, DP, ROOT)
+            at, scale_at = slots(table, here, one == 0, offset, head, KIND, D, PAGE, ITEM)
+            new_k = store_heads(k, arena_ptr, scales_ptr, at, scale_at, one == 0, 1, KIND, D, DP)
+            new_v = store_heads(
+                v, arena_ptr, scales_ptr, at + PLANE, scale_at + PLANE // 2, one == 0,
+                1, KIND, D, DP,
+            )  # fmt: skip
+            if RECENT > 0:
+                at, scale_at = slots(
+                    recent_table, here, one == 0, recent_offset, head, 0, D, PAGE, ITEM
+                )
+                new_k = store_heads(k, recent_ptr, scales_ptr, at, scale_at, one == 0, 1, 0, D, DP)
+                new_v = store_heads(
+                    v, recent_ptr, scales_ptr, at + G * PAGE * D, scale_at, one == 0, 1, 0, D, DP
+                )
+            raw = tl.sum(q.to(tl.float32) * new_k, 1)
+            visible = ok & (tl.max(here) < new_end)
+            score = tl.where(visible, _score(raw, QK_SCALE, CAP), float("-inf"))
+            new_peak = tl.maximum(peak, score)
+            level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            weight = tl.exp2(score - level)
+            total = total * tl.exp2(peak - level) + weight
+            peak = new_peak
+            acc = weight[:, None] * new_v
+
+    skip = tl.max(position)
+    if RECENT > 0:
+        edge = tl.maximum(position - (RECENT - 1), row_low)
+        peak, total, acc = _memory(
+            q, peak, total, acc, start, stop, row_low, tl.minimum(edge, row_end), ok, skip,
+            arena_ptr, scales_ptr, table, offset, head, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE, CAP,
+            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+        )  # fmt: skip
+        peak, total, acc = _memory(
+            q, peak, total, acc, start, stop, edge, row_end, ok, skip,
+            recent_ptr, scales_ptr, recent_table, recent_offset, head, TWO_PHASE, True, FUSED,
+            QK_SCALE, CAP, 0, D, DP, PAGE, ITEM, G * PAGE * D, BLOCK_N, NATIVE_FP8,
+        )  # fmt: skip
+    else:
+        peak, total, acc = _memory(
+            q, peak, total, acc, start, stop, row_low, row_end, ok, skip,
+            arena_ptr, scales_ptr, table, offset, head, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE, CAP,
+            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+        )  # fmt: skip
+
+    if active == 1:
+        x = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        if TURN:
+            x = turned(x, BLOCK_M, D, DP, ROOT)
+        x = x.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + out_at, x, mask=ok[:, None] & (dims < D)[None, :])
+    elif SPLITS > 1:
+        owner = tl.program_id(0) * G + head
+        base = owner.to(tl.int64) * SPLITS
+        place = (base + split) * BLOCK_M + lane
+        tl.store(level_ptr + place + (base + split) * BLOCK_M, peak, mask=ok)
+        tl.store(level_ptr + place + (base + split + 1) * BLOCK_M, total, mask=ok)
+        tl.store(partial_ptr + place[:, None] * DP + dims[None, :], acc, mask=ok[:, None])
+        tl.debug_barrier()  # or the count could overtake another thread's stores
+        done = tl.atomic_add(counter_ptr + owner, 1, sem="acq_rel")
+        if done == active - 1:
+            tl.store(counter_ptr + owner, 0)  # for the next launch
+            if BLOCK_M <= 16:
+                # All shares of one row at once: few rows, many shares.
+                shares = tl.arange(0, SPLITS_P)
+                there = shares < active
+                places = (base + shares) * BLOCK_M
+                for one_lane in range(tl.minimum(end - first, ROWS) * GROUP):
+                    peaks = tl.load(
+                        level_ptr + 2 * places + one_lane, mask=there, other=float("-inf"),
+                        cache_modifier=".cg",
+                    )  # fmt: skip
+                    totals = tl.load(
+                        level_ptr + 2 * places + BLOCK_M + one_lane, mask=there, other=0.0,
+                        cache_modifier=".cg",
+                    )  # fmt: skip
+                    parts = tl.load(
+                        partial_ptr + (places + one_lane)[:, None] * DP + dims[None, :],
+                        mask=there[:, None], other=0.0, cache_modifier=".cg",
+                    )  # fmt: skip
+                    top = tl.max(peaks)
+                    top = tl.where(top == float("-inf"), 0.0, top)
+                    factors = tl.exp2(peaks - top)
+                    whole = tl.sum(totals * factors)
+                    mixed = tl.sum(parts * factors[:, None], 0)[None, :]
+                    mixed = mixed / tl.where(whole == 0.0, 1.0, whole)
+                    if TURN:
+                        mixed = turned(mixed, 1, D, DP, ROOT)
+                    one_row = first + one_lane // GROUP
+                    to = one_row.to(tl.int64) * (H * D) + (head * GROUP + one_lane % GROUP) * D
+                    real = tl.load(positions_ptr + one_row) >= 0
+                    tl.store(
+                        out_ptr + to + dims[None, :], mixed.to(out_ptr.dtype.element_ty),
+                        mask=real & (dims < D)[None, :],
+                    )  # fmt: skip
+            else:
+                peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+                total = tl.zeros((BLOCK_M,), tl.float32)
+                acc = tl.zeros((BLOCK_M, DP), tl.float32)
+                for share_ in range(active):
+                    place = (base + share_) * BLOCK_M + lane
+                    level_at = level_ptr + place + (base + share_) * BLOCK_M
+                    part_peak = tl.load(
+                        level_at, mask=ok, other=float("-inf"), cache_modifier=".cg"
+                    )
+                    part_total = tl.load(
+                        level_at + BLOCK_M, mask=ok, other=0.0, cache_modifier=".cg"
+                    )
+                    part = tl.load(
+                        partial_ptr + place[:, None] * DP + dims[None, :],
+                        mask=ok[:, None], other=0.0, cache_modifier=".cg",
+                    )  # fmt: skip
+                    new_peak = tl.maximum(peak, part_peak)
+                    level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+                    shrink = tl.exp2(peak - level)
+                    grow = tl.exp2(part_peak - level)
+                    total = total * shrink + part_total * grow
+                    acc = acc * shrink[:, None] + part * grow[:, None]
+                    peak = new_peak
+                x = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+                if TURN:
+                    x = turned(x, BLOCK_M, D, DP, ROOT)
+                x = x.to(out_ptr.dtype.element_ty)
+                tl.store(out_ptr + out_at, x, mask=ok[:, None] & (dims < D)[None, :])

@@ -1,0 +1,128 @@
+"""The Triton backend: the kernels of this package behind the interface that mixers call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
+from skimp.kernels.triton import linear as layers
+from skimp.kernels.triton import rows
+from skimp.kernels.triton.attention import AttentionPlan, paged_attention, plan_attention
+from skimp.kernels.triton.launch import use_pdl
+from skimp.kernels.triton.linear import Matrix
+from skimp.model.layers import Linear, RMSNorm
+from skimp.model.spec import Activation, AttentionSpec
+
+PLANS_KEPT = 64
+
+
+class TritonOps:
+    """``dtype`` is that of the rows before matrices, the residual stream is float32;
+    ``deterministic`` gives a row the same bits whatever else is in its step."""
+
+    def __init__(self, *, dtype: torch.dtype, deterministic: bool = False) -> None:
+        self.dtype = dtype
+        self.deterministic = deterministic
+        self._factors: weakref.WeakKeyDictionary[RMSNorm, Tensor] = weakref.WeakKeyDictionary()
+        self._kept: dict[tuple[object, ...], AttentionPlan] = {}
+        self._passing: dict[tuple[object, ...], AttentionPlan] = {}
+
+    def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> Matrix:
+        bias = None
+        if any(linear.bias is not None for linear in linears):
+            device = next(linear.bias.device for linear in linears if linear.bias is not None)
+            bias = torch.cat(
+                [
+                    torch.zeros(linear.out_features, device=device)
+                    if linear.bias is None
+                    else linear.bias.detach().float()
+                    for linear in linears
+                ]
+            )
+        weights = [linear.take() for linear in linears]
+        return layers.pack_matrix(weights, bias, gated=layout == "gated", dtype=self.dtype)
+
+    def embed(self, step: StepInputs, table: Matrix, scale: float) -> Tensor:
+        return layers.embed(step.token_ids, table, scale)
+
+    def matmul(
+        self,
+        x: Tensor,
+        matrix: Matrix,
+        *,
+        norm: RMSNorm | None = None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return self._linear(x, matrix, norm, activation=activation, residual=residual)
+
+    def _linear(
+        self,
+        x: Tensor,
+        matrix: Matrix,
+        norm: RMSNorm | None,
+        *,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        return layers.linear(
+            x,
+            matrix,
+            norm_factor=None if norm is None else self._factor(norm),
+            eps=0.0 if norm is None else norm.eps,
+            activation=activation,
+            residual=residual,
+            out_dtype=out_dtype,
+            deterministic=self.deterministic,
+            pdl=use_pdl(x.device),
+        )
+
+    def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
+        return rows.add_norm(x, y, self._factor(norm), norm.eps)
+
+    def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
+        plan = self._plan(params.spec, params, step, qkv)
+        return paged_attention(qkv, params, step, plan=plan)
+
+    def logits(
+        self, x: Tensor, matrix: Matrix, norm: RMSNorm, softcap: float | None, step: StepInputs
+    ) -> Tensor:
+        if step.logit_rows.shape[0] != x.shape[0]:  # distinct and in order: else they are all rows
+            x = x.index_select(0, step.logit_rows)
+        y = self._linear(x, matrix, norm, out_dtype=torch.float32)
+        return y if softcap is None else softcap * torch.tanh(y / softcap)
+
+    def _factor(self, norm: RMSNorm) -> Tensor:
+        factor = self._factors.get(norm)
+        if factor is None:
+            factor = self._factors[norm] = norm.factor().detach().contiguous()
+        return factor
+
+    def _plan(
+        self, spec: AttentionSpec, params: AttentionParams, step: StepInputs, qkv: Tensor
+    ) -> AttentionPlan:
+        assert params.cache is not None and step.bounds is not None
+        low_bit = params.cache.spec.format is not None
+        key = (spec, qkv.shape[0], step.seq_starts.shape[0], step.bounds, low_bit)
+        plans = self._kept if step.bounds.captured else self._passing
+        plan = plans.get(key)
+        if plan is None:
+            if len(self._passing) >= PLANS_KEPT:
+                self._passing.clear()
+            plan = plans[key] = plan_attention(
+                spec,
+                num_seqs=step.seq_starts.shape[0] - 1,
+                rows=qkv.shape[0],
+                most_rows=step.bounds.rows,
+                context=step.bounds.context,
+                device=qkv.device,
+                dtype=getattr(torch, params.cache.spec.dtype),
+                deterministic=self.deterministic,
+                whole=() if low_bit else step.bounds.whole,
+            )
+        return plan

@@ -1,0 +1,61 @@
+"""The engine on a GPU: graphs, overlap and Triton kernels change no token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_models import random_requests, tiny_decoder
+
+from skimp.decoding.params import SamplingParams
+from skimp.engine import Engine, EngineOptions
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytest.importorskip("triton")
+
+GPU = EngineOptions(device="cuda", max_batch=32, prefix_cache=False, token_budget=512)
+CPU = EngineOptions(backend="plain", max_batch=32, prefix_cache=False, overlap=False)
+
+
+def serve(
+    options: EngineOptions,
+    requests: list[tuple[list[int], SamplingParams]],
+    dtype: str = "float32",
+    *,
+    together: bool = True,
+) -> list[list[int]]:
+    engine = Engine(tiny_decoder(dtype=dtype), None, options)
+    assert options.device == "cpu" or engine.backend_name == "triton"
+    if together:
+        outs = engine.generate([p for p, _ in requests], [s for _, s in requests])
+    else:
+        outs = [engine.generate([p], s)[0] for p, s in requests]
+    engine.cache.audit()
+    return [out.outputs[0].token_ids for out in outs]
+
+
+def test_float32_tokens_are_the_cpu_s() -> None:
+    requests = random_requests(40, seed=1, max_prompt=300)
+    wanted = serve(CPU, requests)
+    for overlap, budget in ((True, 512), (False, 64)):
+        options = dataclasses.replace(GPU, overlap=overlap, token_budget=budget)
+        assert serve(options, requests) == wanted, (overlap, budget)
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "fp8", "int4"])
+def test_low_bit_caches(cache_dtype: str) -> None:
+    requests = random_requests(10, seed=2, max_prompt=200)
+    options = dataclasses.replace(GPU, cache_dtype=cache_dtype)  # type: ignore[arg-type]
+    wanted = serve(dataclasses.replace(CPU, cache_dtype=cache_dtype), requests)  # type: ignore[arg-type]
+    assert serve(options, requests) == wanted
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_deterministic_tokens_do_not_depend_on_neighbours(dtype: str) -> None:
+    requests = random_requests(60, seed=3, max_prompt=300)
+    options = dataclasses.replace(GPU, deterministic=True)
+    alone = serve(options, requests, dtype, together=False)
+    for budget in (512, 64):
+        batched = dataclasses.replace(options, token_budget=budget, prefix_cache=budget == 64)
+        assert serve(batched, requests, dtype) == alone, budget
