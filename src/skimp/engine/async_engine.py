@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from skimp.decoding.params import SamplingParams
-from skimp.engine.engine import Engine, Prompt
+from skimp.engine.admission import Prompt
+from skimp.engine.engine import Engine
 from skimp.engine.request import RequestOutput
 
 

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,15 @@ from torch import Tensor
 
 from skimp.cache import Arena, CacheLayout, CacheManager
 from skimp.cost import memory_plan, model_work
-from skimp.decoding.deferred import DeferredDraws, deferrable, draw_deferred
+from skimp.decoding.deferred import deferrable, draw_deferred
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.proposal import Accepted, DrawAndCompare, NoProposer, Proposer
 from skimp.decoding.rows import RowState, resolve_bad_words
 from skimp.decoding.sampler import Sampler
 from skimp.decoding.stops import FinishReason, StopChecker
+from skimp.engine.admission import Prompt, encode, most_tokens
 from skimp.engine.backends import StepBuffers, choose_backend
+from skimp.engine.flight import Draw, Flight
 from skimp.engine.options import EngineOptions
 from skimp.engine.reading import KeepLogits, PromptReader, Scores, ScoreTokens
 from skimp.engine.request import Flying, Request, RequestOutput, Sequence
@@ -35,31 +36,7 @@ from skimp.model.loading import load_decoder
 from skimp.model.locate import locate_model
 from skimp.text.tokenizer import Tokenizer
 
-Prompt = str | Seq[int]
 MAX_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of free memory, when cache_bytes is not given
-
-
-@dataclass
-class _Draw:
-    """A part of the work that reaches its sequence's end, the samples that draw from its logits,
-    and where these begin."""
-
-    item: Work
-    samples: list[Sequence]
-    line: int
-
-
-@dataclass
-class _Flight:
-    """A step that was launched, and what is to be made of it when it lands; ``deferred`` is None
-    when the host draws."""
-
-    number: int
-    work: list[Work]
-    logits: Tensor
-    draws: list[_Draw] = field(default_factory=list)
-    deferred: DeferredDraws | None = None
-    committed: bool = False
 
 
 class Engine:
@@ -124,7 +101,7 @@ class Engine:
         )
         self._overlap = options.device == "cuda" if options.overlap is None else options.overlap
         self._overlap &= proposer is None  # guesses follow from tokens that the host has seen
-        self._flight: _Flight | None = None  # launched, and not landed
+        self._flight: Flight | None = None  # launched, and not landed
         self._numbers = itertools.count()
         self._acceptor = DrawAndCompare(Sampler())
         self._requests: dict[str, Request] = {}
@@ -193,8 +170,14 @@ class Engine:
             raise RequestError(f"salt: expected text, got {salt!r}")
         if reader is not None and params.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs: cannot be asked for beside a reader")
-        prompt_ids = self._encode(prompt)
-        max_tokens = self._check_fits(prompt_ids, params)
+        prompt_ids = encode(prompt, self.tokenizer, self.spec.vocab_size)
+        max_tokens = most_tokens(
+            prompt_ids,
+            params,
+            max_context=self.max_context,
+            options=self.options,
+            cache=self.cache,
+        )
         request = Request(
             request_id,
             prompt_ids,
@@ -294,7 +277,7 @@ class Engine:
         """
         outputs, self._pending = self._pending, []
         before, self._flight = self._flight, None
-        launched: _Flight | None = None
+        launched: Flight | None = None
         try:
             try:
                 launched = self._launch(before)
@@ -317,8 +300,8 @@ class Engine:
             raise
         return outputs
 
-    def _launch(self, before: _Flight | None) -> _Flight | None:
-        """Schedule and start a step while ``before`` flies; None where nothing is to be computed."""
+    def _launch(self, before: Flight | None) -> Flight | None:
+        """Start a step while ``before`` flies; None when there is nothing to compute."""
         if before is not None:
             self._commit(before)
         work = self.scheduler.schedule()
@@ -332,7 +315,7 @@ class Engine:
             self._roll_back(work)
             raise
 
-    def _abandon(self, flight: _Flight) -> None:
+    def _abandon(self, flight: Flight) -> None:
         """Have a step that never landed computed again: its tokens come out the same."""
         for item in flight.work:
             item.seq.flying = None
@@ -350,22 +333,22 @@ class Engine:
             if item.seq.cache is not None and item.seq.cache.pending:
                 self.cache.commit(item.seq.cache, 0, [])
 
-    def _start(self, work: list[Work]) -> _Flight:
-        flight = _Flight(next(self._numbers), work, self.runner.run(work))
+    def _start(self, work: list[Work]) -> Flight:
+        flight = Flight(next(self._numbers), work, self.runner.run(work))
         line, alone = 0, self._overlap
         for item in work:
             line += item.num_logits
             alone &= item.seq.request.next_row is None
             if item.reaches_end:
                 samples = self._samples(item.seq)
-                flight.draws.append(_Draw(item, samples, line - 1 - len(item.draft)))
+                flight.draws.append(Draw(item, samples, line - 1 - len(item.draft)))
                 ahead = int(item.seq.flying is not None)
                 alone &= len(samples) == 1 and deferrable(item.seq.sampling, ahead)
         if alone:
             self._defer(flight)
         return flight
 
-    def _defer(self, flight: _Flight) -> None:
+    def _defer(self, flight: Flight) -> None:
         seqs = [draw.item.seq for draw in flight.draws]
         lines = [draw.line for draw in flight.draws]
         flight.deferred = draw_deferred(
@@ -378,7 +361,7 @@ class Engine:
         for place, seq in enumerate(seqs):
             seq.flying = Flying(flight.number, place)
 
-    def _commit(self, flight: _Flight) -> None:
+    def _commit(self, flight: Flight) -> None:
         """Keep what a deferred step computed: all the tokens that it was given are known by now."""
         if flight.committed:
             return
@@ -387,7 +370,7 @@ class Engine:
             if item.seq.cache is not None:  # else it has ended
                 self.cache.commit(item.seq.cache, item.num_known, item.token_ids)
 
-    def _land(self, flight: _Flight) -> list[RequestOutput]:
+    def _land(self, flight: Flight) -> list[RequestOutput]:
         """Use what a step gives, of the sequences that have not ended meanwhile."""
         if flight.deferred is not None:
             landed = list(zip(flight.draws, flight.deferred.wait()))
@@ -403,7 +386,7 @@ class Engine:
             self._roll_back(flight.work)
             raise
 
-    def _use(self, flight: _Flight) -> list[RequestOutput]:
+    def _use(self, flight: Flight) -> list[RequestOutput]:
         """Commit what a step computed and draw from its logits on the host."""
         outputs: list[RequestOutput] = []
         line = 0
@@ -444,7 +427,7 @@ class Engine:
         return [seq, *(self._sequence(request, i) for i in range(1, request.params.n))]
 
     def _gain(
-        self, draws: list[_Draw], accepted: Iterator[Accepted], *, committed: bool
+        self, draws: list[Draw], accepted: Iterator[Accepted], *, committed: bool
     ) -> list[RequestOutput]:
         """Give each sample its tokens; commit to the cache what they leave of a draft."""
         outputs = []
@@ -552,55 +535,6 @@ class Engine:
                 raise RequestError(f"prompt: {request.error}")
         finally:
             self._discard(request_id)
-
-    # ---- checks ---------------------------------------------------------------------------
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("prompt: text needs a tokenizer, and this engine has none")
-            ids = self.tokenizer.encode(prompt)
-        else:
-            try:
-                ids = list(prompt)
-            except TypeError:
-                raise RequestError(
-                    f"prompt: expected text or token ids, got {type(prompt).__name__}"
-                ) from None
-            for index, token in enumerate(ids):
-                if not isinstance(token, (int, np.integer)) or isinstance(token, bool):
-                    raise RequestError(f"prompt[{index}]: expected a token id, got {token!r}")
-                if not 0 <= token < self.spec.vocab_size:
-                    raise RequestError(
-                        f"prompt[{index}]: token id {token} is outside the vocabulary of "
-                        f"{self.spec.vocab_size}"
-                    )
-        if not ids:
-            raise RequestError("prompt: is empty, and this model has no token to begin with")
-        return ids
-
-    def _check_fits(self, prompt_ids: list[int], params: SamplingParams) -> int:
-        """The most tokens this request may generate, or RequestError when it can never fit."""
-        room = self.max_context - len(prompt_ids)
-        if room < 1:
-            raise RequestError(
-                f"prompt: {len(prompt_ids)} tokens leave no room to generate in a context of "
-                f"{self.max_context}"
-            )
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if max_tokens > room:
-            raise RequestError(
-                f"max_tokens: {max_tokens} after a prompt of {len(prompt_ids)} tokens exceeds the "
-                f"context of {self.max_context}"
-            )
-        if params.n > self.options.max_batch:
-            raise RequestError(f"n: {params.n} samples exceed max_batch {self.options.max_batch}")
-        if not self.cache.fits(len(prompt_ids) + max_tokens, self.options.step_tokens):
-            raise RequestError(
-                f"prompt: {len(prompt_ids)} tokens and {max_tokens} generated ones need more cache "
-                f"than the whole budget of {self.cache.arena.budget_bytes} bytes"
-            )
-        return max_tokens
 
     def _sequence(self, request: Request, index: int) -> Sequence:
         tokenizer = self.tokenizer
