@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from skimp.cost import (
     named_hardware,
     predict,
     step_cost,
+    this_machine,
     uniform,
 )
 from skimp.cost import model_work as work_of
@@ -434,3 +436,21 @@ def test_wanted_kv_heads_must_divide() -> None:
 def test_expected_tokens_of_a_check(acceptance: float) -> None:
     expected = sum(acceptance**i for i in range(5))
     assert Assumptions(acceptance=acceptance).tokens_per_check == pytest.approx(expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    machine = this_machine(device="cuda")
+    assert machine.kind == "gpu" and machine.source == "measured"
+    assert machine.bandwidth_gb_s > 100 and machine.attention_tflops > 1
+    rates = [rate for _, rate in machine.matrix_tflops["bfloat16"]]
+    assert rates[-1] > rates[0] > 0
+    assert this_machine(device="cuda") == machine
+
+
+def test_no_gpu_is_said_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="device: cuda is not available"):
+        this_machine(device="cuda")

@@ -86,7 +86,7 @@ def this_machine(
     import skimp
 
     if device != "cpu":
-        return _gpu(device)
+        return _gpu(device, fresh=fresh)
     threads = torch.get_num_threads() if threads is None else threads
     key = (_FORMAT, skimp.__version__, torch.__version__, cpu_model(), os.cpu_count(), threads)
     digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
@@ -268,15 +268,15 @@ def _dispatch_s() -> float:
     return best_s(run, seconds=0.02) / 100
 
 
-def _gpu(device: str) -> Hardware:
-    """The named machine that the device's name mentions; ValueError if none does."""
+def _gpu(device: str, *, fresh: bool) -> Hardware:
+    """The GPU measured; ValueError if there is none."""
     import torch
 
-    from skimp.cost.hardware import named_hardware
+    import skimp
+    from skimp.cost.gpu import measure_gpu
 
-    name = torch.cuda.get_device_name(device) if torch.cuda.is_available() else "no GPU"
-    compact = name.lower().replace(" ", "")
-    for key, hardware in named_hardware().items():
-        if hardware.kind == "gpu" and key in compact:
-            return hardware
-    raise ValueError(f"device: no figures are known for {name}; name one with --hardware")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device: {device} is not available; name a machine with --hardware")
+    key = (_FORMAT, skimp.__version__, torch.__version__, torch.cuda.get_device_name(device))
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return kept(cache_dir() / f"gpu-{digest}.json", lambda: measure_gpu(device), fresh=fresh)

@@ -80,7 +80,8 @@ def calibrated(
     max_age_s: float = math.inf,
 ) -> Hardware:
     """The machine at hand with the engine's own rates and overheads, from an earlier calibration
-    if there is one of at most ``max_age_s`` seconds. A GPU is taken from the table. Without
+    if there is one of at most ``max_age_s`` seconds. A GPU is measured by itself, not through the
+    engine. Without
     ``measure`` only what is known already is used."""
     import torch
 
