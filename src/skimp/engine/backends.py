@@ -17,6 +17,7 @@ from skimp.kernels.native import structs
 from skimp.kernels.ops import StepInputs
 from skimp.kernels.plain import PlainOps
 from skimp.model.decoder import Decoder
+from skimp.model.moving import move_decoder
 
 
 class Backend(Protocol):
@@ -200,7 +201,7 @@ def choose_backend(
         )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    decoder.to(options.device)
+    move_decoder(decoder, options.device)
     if _has_triton(options):
         from skimp.engine.graphs import GraphBackend
         from skimp.kernels.triton.ops import TritonOps

@@ -132,9 +132,9 @@ class Engine:
             step_tokens=options.step_tokens,
         )
         if options.device == "cuda":
-            weights = [*self.decoder.parameters()]
-            waiting = sum(weight.nbytes for weight in weights if not weight.is_cuda)
-            free = max(0, torch.cuda.mem_get_info()[0] - waiting)
+            there = next(self.decoder.parameters()).is_cuda
+            coming = 0 if there else int(self.work.resident_weight_bytes)
+            free = max(0, torch.cuda.mem_get_info()[0] - coming)
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return max(

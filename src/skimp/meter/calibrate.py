@@ -81,8 +81,7 @@ def calibrated(
 ) -> Hardware:
     """The machine at hand with the engine's own rates and overheads, from an earlier calibration
     if there is one of at most ``max_age_s`` seconds. A GPU is measured by itself, not through the
-    engine. Without
-    ``measure`` only what is known already is used."""
+    engine. Without ``measure`` only what is known already is used."""
     import torch
 
     import skimp
