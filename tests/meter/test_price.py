@@ -93,9 +93,9 @@ def result(ms: tuple[float, ...], *, predicted: float, batch: int = 1) -> SpeedR
     return SpeedResult(
         case=Case(batch=batch, context=128, new_tokens=4), device="cpu", dtype="bfloat16",
         backend="native", threads=2, hardware="a test", ms_per_step=middle, spread=0.1,
-        prefill_tokens_per_s=1000.0, prefill_spread=0.1, rounds=len(ms), samples=4 * len(ms),
-        contexts=(130,) * batch, round_ms=ms, first_token_ms=128.0, bytes_per_step=1e6,
-        bandwidth_gb_s=10.0, limit_ms=0.1, predicted_ms=predicted,
+        prefill_tokens_per_s=1000.0, prefill_spread=0.1, prefill_of_peak=0.5, rounds=len(ms),
+        samples=4 * len(ms), contexts=(130,) * batch, round_ms=ms, first_token_ms=128.0,
+        bytes_per_step=1e6, bandwidth_gb_s=10.0, limit_ms=0.1, predicted_ms=predicted,
         predicted_prefill_tokens_per_s=900.0, bound="memory",
     )  # fmt: skip
 

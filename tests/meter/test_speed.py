@@ -21,7 +21,14 @@ from skimp.engine import Engine, EngineOptions
 from skimp.formats.weight import WeightFormat
 from skimp.meter import calibrate, speed
 from skimp.meter.probe import FormatRefused, Timing, repeated_decoder, time_all
-from skimp.meter.speed import Case, bench, predict_prefill, random_prompt, time_generation
+from skimp.meter.speed import (
+    Case,
+    bench,
+    predict_prefill,
+    prefill_costs,
+    random_prompt,
+    time_generation,
+)
 from skimp.meter.work import engine_threads, spec_work
 from skimp.model.layers import Linear
 from skimp.model.loading import random_decoder
@@ -121,6 +128,14 @@ def test_prefill_is_predicted_in_the_engines_own_chunks() -> None:
     chunked = predict_prefill(work, hardware, case, token_budget=4)
     # Five steps instead of one, each with its own overhead.
     assert chunked > whole + 3.9 * hardware.overheads.step_s
+
+
+@pytest.mark.parametrize("budget", [4, 7, 100])
+def test_prefill_computes_the_same_in_any_chunks(budget: int) -> None:
+    costs = list(prefill_costs(spec_work(SPEC), Case(batch=2, context=10), budget))
+    assert len(costs) == -(-20 // budget)
+    whole = step_cost(spec_work(SPEC), uniform(2, 10, tokens=10))
+    assert sum(cost.flops for cost in costs) == pytest.approx(whole.flops)
 
 
 def known_machine() -> Hardware:

@@ -34,13 +34,14 @@ A kind of memory enters as a ``CacheSpec`` and a ``Policy`` (``layout.py``); lat
 pages differ from keys and values only in ``bytes_per_token`` and in how a kernel reads a page.
 """
 
-from skimp.cache.arena import Arena, GroupUse
+from skimp.cache.arena import MOST_BYTES, Arena, GroupUse
 from skimp.cache.layout import CacheGroup, CacheLayout
 from skimp.cache.manager import BlockTables, CacheManager, CacheSequence, CacheStats
 from skimp.cache.prefix import PrefixStats
 from skimp.cache.spec import CacheSpec
 
 __all__ = [
+    "MOST_BYTES",
     "Arena",
     "BlockTables",
     "CacheGroup",

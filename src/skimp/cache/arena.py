@@ -21,6 +21,8 @@ import torch
 
 from skimp.cache.layout import ALIGN, OVERHEAD, CacheLayout
 
+MOST_BYTES = (ALIGN << 31) - 1  # what 32-bit addresses reach
+
 
 @dataclass(frozen=True, kw_only=True)
 class GroupUse:
@@ -89,7 +91,7 @@ class Arena:
         64. Raises ValueError if the budget cannot give each group one chunk, or exceeds the
         128 GiB that 32-bit addresses in units of 64 bytes can name.
         """
-        if budget_bytes >= ALIGN << 31:
+        if budget_bytes > MOST_BYTES:
             raise ValueError(
                 f"budget_bytes {budget_bytes} exceeds 128 GiB, the reach of an address"
             )

@@ -58,7 +58,7 @@ def bench(
 
     Figures are medians over rounds, with the spread between the slowest and the fastest round.
     The limit is (weight bytes + cache bytes read a step) / measured bandwidth of the memory, or of
-    the cache if the model fits in one.
+    the cache if the model fits in one; the peak of a prefill the best measured rate of products.
 
     \b
     Examples:
@@ -129,7 +129,7 @@ def _print(name: str, results: list[SpeedResult]) -> None:
     )
     columns = [
         "batch x context", "tokens/s", "ms/step", "spread", "predicted", "limit", "of limit",
-        "read/step", "bound by", "prefill tok/s", "spread", "predicted",
+        "read/step", "bound by", "prefill tok/s", "spread", "of peak", "predicted",
     ]  # fmt: skip
     rows = [
         [
@@ -144,6 +144,7 @@ def _print(name: str, results: list[SpeedResult]) -> None:
             r.bound,
             rate_text(r.prefill_tokens_per_s),
             percent(r.prefill_spread),
+            percent(r.prefill_of_peak),
             rate_text(r.predicted_prefill_tokens_per_s),
         ]
         for r in results

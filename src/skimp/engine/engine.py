@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skimp.cache import Arena, CacheLayout, CacheManager
+from skimp.cache import MOST_BYTES, Arena, CacheLayout, CacheManager
 from skimp.cost import memory_plan, model_work
 from skimp.decoding.deferred import deferrable, draw_deferred
 from skimp.decoding.params import SamplingParams
@@ -137,10 +137,8 @@ class Engine:
             free = max(0, torch.cuda.mem_get_info()[0] - coming)
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return max(
-            min(int(plan.cache_bytes), int(free * MAX_CACHE_SHARE[options.device])),
-            min(least, free),
-        )
+        share = int(free * MAX_CACHE_SHARE[options.device])
+        return min(max(min(int(plan.cache_bytes), share), min(least, free)), MOST_BYTES)
 
     # ---- requests -------------------------------------------------------------------------
 

@@ -19,11 +19,11 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from skimp.cost import Hardware, ModelWork, SequenceStep, predict, step_cost
+from skimp.cost import Hardware, ModelWork, SequenceStep, StepCost, predict, step_cost
 from skimp.meter.work import engine_threads
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class SpeedResult:
     spread: float
     prefill_tokens_per_s: float
     prefill_spread: float
+    prefill_of_peak: float  # operations a second over the best measured rate of products
     rounds: int
     samples: int
     contexts: tuple[int, ...]
@@ -111,6 +112,7 @@ class SpeedResult:
             "first_token_ms": self.first_token_ms,
             "spread": self.spread,
             "prefill_spread": self.prefill_spread,
+            "prefill_of_peak": self.prefill_of_peak,
             "rounds": self.rounds,
             "samples": self.samples,
             "new_tokens": self.case.new_tokens,
@@ -246,7 +248,10 @@ def _result(
     contexts = rounds[0].contexts
     cost = step_cost(work, [SequenceStep(context=c) for c in contexts])
     time_ = predict(cost, hardware)
-    prefill_s = predict_prefill(work, hardware, case, engine.options.step_tokens)
+    budget = engine.options.step_tokens
+    prefill_s = predict_prefill(work, hardware, case, budget)
+    flops = sum(cost.flops for cost in prefill_costs(work, case, budget))
+    peak = max(rate for _, rate in hardware.matrix_tflops[work.compute_dtype]) * 1e12
     return SpeedResult(
         case=case,
         device=engine.options.device,
@@ -257,6 +262,7 @@ def _result(
         ms_per_step=ms,
         spread=(max(medians) - min(medians)) / ms,
         prefill_tokens_per_s=statistics.median(prefill),
+        prefill_of_peak=flops / statistics.median(r.prefill_s for r in rounds) / peak,
         prefill_spread=(max(prefill) - min(prefill)) / statistics.median(prefill),
         rounds=len(rounds),
         samples=sum(len(r.step_s) for r in rounds),
@@ -274,15 +280,13 @@ def _result(
 
 def predict_prefill(work: ModelWork, hardware: Hardware, case: Case, token_budget: int) -> float:
     """Seconds to prefill a case in steps of at most ``token_budget`` tokens, prompts in order."""
-    total, room = 0.0, token_budget
+    return sum(predict(cost, hardware).seconds for cost in prefill_costs(work, case, token_budget))
+
+
+def prefill_costs(work: ModelWork, case: Case, token_budget: int) -> Iterator[StepCost]:
+    """What each step of a case's prefill computes and reads."""
+    room = token_budget
     step: list[SequenceStep] = []
-
-    def flush() -> None:
-        nonlocal total, room, step
-        if step:
-            total += predict(step_cost(work, step), hardware).seconds
-        step, room = [], token_budget
-
     for _ in range(case.batch):
         done = 0
         while done < case.context:
@@ -292,6 +296,7 @@ def predict_prefill(work: ModelWork, hardware: Hardware, case: Case, token_budge
             last = int(done == case.context)
             step.append(SequenceStep(context=done, tokens=count, logits=last))
             if not room:
-                flush()
-    flush()
-    return total
+                yield step_cost(work, step)
+                step, room = [], token_budget
+    if step:
+        yield step_cost(work, step)
