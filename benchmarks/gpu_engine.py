@@ -1,7 +1,7 @@
-"""The engine on one GPU: steps, prompts, a mixed load, and how long a start takes.
+"""The engine on one GPU: steps, prompts, and a mixed load.
 
     python benchmarks/gpu_engine.py --configs DIR --out DIR [--models 8b 0.6b 8b-int4]
-        [--parts decode prefill mixed start]
+        [--parts decode prefill mixed]
 
 Random weights, random prompts, greedy. "Limit" is (weight bytes + cache bytes read) over the rate
 of a device copy, measured here, bytes read and written; "graph" a CUDA graph alone, replayed.
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from skimp import SamplingParams
 from skimp.cost import SequenceStep, step_cost
+from skimp.cost.gpu import copy_rate
 from skimp.engine import Engine, EngineOptions
 from skimp.formats import WeightFormat, quantize
 from skimp.model import families
@@ -33,6 +34,7 @@ from skimp.model.layers import Linear
 from skimp.model.loading import assign, empty_decoder
 
 MODELS = {"8b": "Llama-3.1-8B", "8b-int4": "Llama-3.1-8B", "0.6b": "Qwen3-0.6B"}
+PARTS = ("decode", "prefill", "mixed")
 DECODE = {
     "8b": [(1, 128), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (16, 8192)],
     "0.6b": [(1, 128), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (16, 8192)],
@@ -41,21 +43,6 @@ DECODE = {
 STEPS = 26  # of a stretch that is timed: 130 in all, as many as the figures compared with
 PREFILL = [(1, 512), (1, 8192), (16, 2048)]
 INT4 = WeightFormat(kind="int", bits=4, group_size=128)
-
-
-def copy_rate() -> float:
-    """Bytes a second of a device copy, read plus written."""
-    source = torch.randint(0, 99, (1 << 29,), dtype=torch.int32, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(8):
-        start, end = torch.cuda.Event(True), torch.cuda.Event(True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * source.nbytes / statistics.median(times)
 
 
 def random_decoder(config: dict, int4: bool) -> Decoder:
@@ -173,14 +160,14 @@ def main() -> None:
     parser.add_argument("--configs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--parts", nargs="+", default=["decode", "prefill", "mixed"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--cases", nargs="*", default=None, help="such as 1x128")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cache-gb", type=int, default=48)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rate = copy_rate()
+    rate = copy_rate() * 1e9
     name = torch.cuda.get_device_name()
     print(f"{name}, copy {rate / 1e12:.3f} TB/s, torch {torch.__version__}", flush=True)
     results: dict = {"device": name, "copy": rate, "torch": torch.__version__}

@@ -30,6 +30,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+from skimp.cost.gpu import copy_rate
 from skimp.formats import WeightFormat, quantize
 from skimp.kernels.lowbit import round_rows
 from skimp.kernels.triton import tuning
@@ -126,13 +127,6 @@ def build(name: str, shape: tuple[int, int], form: str, copies: int | None = Non
     return Case(matrix=matrix, exact=exact, copies=every, name=name)
 
 
-def copy_speed() -> float:
-    """GB/s of a device copy, bytes read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / measure([functools.partial(target.copy_, source)] * 4) / 1e3
-
-
 def library_time(case: Case, x: Tensor) -> float:
     """cuBLAS with the bfloat16 matrix of the same shape."""
     n, k = case.matrix.segments[0].outputs, case.matrix.inputs
@@ -213,7 +207,7 @@ def main() -> int:
         compile_first(options)
     if options.compile_only:
         return 0
-    copy = copy_speed()
+    copy = copy_rate()
     gpu = torch.cuda.get_device_name()
     lines = [
         "# Linear layers on a GPU",

@@ -24,7 +24,7 @@ def measure_gpu(device: str) -> Hardware:
     import torch
 
     with torch.inference_mode(), torch.cuda.device(device):
-        bandwidth = _copy_rate()
+        bandwidth = copy_rate()
         rates = {name: _matrix_rates(name) for name in ("bfloat16", "float16", "float32")}
         attention = _attention_rate()
         launch = _launch_s()
@@ -59,7 +59,7 @@ def _median_s(run: Callable[[], object], repeats: int = 10) -> float:
     return statistics.median(times[2:])
 
 
-def _copy_rate() -> float:
+def copy_rate() -> float:
     """GB/s of a device copy, bytes read and written."""
     import torch
 

@@ -80,14 +80,13 @@ def draw_deferred(
         floors = np.array([row.params.min_p for row in chosen])
         device = logits.device
         table = _to_device(np.stack((numbers, scales, floors)), device)
-        if len(sampled) == count:
-            weights = plain_weights(logits, top, table[1], table[2])
-            tokens = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1)
-        else:
+        part, most, index = logits, top, None
+        if len(sampled) < count:
             index = _to_device(np.array(sampled, dtype=np.int64), device)
-            weights = plain_weights(logits[index], top[index], table[1], table[2])
-            chosen_tokens = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1)
-            tokens = tokens.index_copy(0, index, chosen_tokens.to(tokens.dtype))
+            part, most = logits[index], top[index]
+        weights = plain_weights(part, most, table[1], table[2])
+        found = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1).to(tokens.dtype)
+        tokens = found if index is None else tokens.index_copy(0, index, found)
     result = torch.stack((tokens.to(torch.int32), top.view(torch.int32)))
     drawn[:count] = result[0]
     if host is None or arrived is None:

@@ -64,7 +64,8 @@ class StepBuffers:
         self.row_seq, self.kv_end = ints(max_rows), ints(max_rows)
         self.seq_starts = ints(max_seqs + 1)
         self.logit_rows = ints(max_logits)
-        self.pinned_tables = [
+        # Pinned where a GPU copies from them.
+        self.table_tensors = [
             torch.zeros(
                 max_seqs,
                 -(-max_context // group.page_tokens),
@@ -73,7 +74,7 @@ class StepBuffers:
             )
             for group in layout.groups
         ]
-        self.tables = [table.numpy() for table in self.pinned_tables]
+        self.tables = [table.numpy() for table in self.table_tensors]
         # Rows that were written since a backend with tables of its own last emptied this.
         self.changed_tables: set[int] = set()
         self.arena = arena.data
@@ -101,7 +102,7 @@ class StepBuffers:
             seq_starts=torch.from_numpy(self.seq_starts[: num_seqs + 1]),
             logit_rows=torch.from_numpy(self.logit_rows[:num_logits]),
             arena=self.arena,
-            block_tables=tuple(torch.from_numpy(table[:num_seqs]) for table in self.tables),
+            block_tables=tuple(table[:num_seqs] for table in self.table_tensors),
         )
 
 

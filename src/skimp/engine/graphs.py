@@ -141,7 +141,7 @@ class GraphBackend:
         changed = buffers.changed_tables
         if changed:
             low, high = min(changed), max(changed) + 1
-            for table, pinned in zip(self._tables, buffers.pinned_tables):
+            for table, pinned in zip(self._tables, buffers.table_tensors):
                 table[low:high].copy_(pinned[low:high], non_blocking=True)
             changed.clear()
         self._copied.record()

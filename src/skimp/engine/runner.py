@@ -23,7 +23,6 @@ class Runner:
         """Logits float32 [L, V] of the rows each part of the work asked for, in order."""
         buffers = self.buffers
         self.backend.wait()
-        buffers.token_source[: sum(item.num_tokens for item in work)] = -1
         row = logit = 0
         for index, item in enumerate(work):
             start, count = item.start, item.num_tokens
@@ -31,6 +30,7 @@ class Runner:
             if count == 1:
                 if start < len(item.seq.tokens):
                     buffers.token_ids[row] = item.seq.tokens[start]
+                    buffers.token_source[row] = -1
                 else:
                     assert item.seq.flying is not None
                     buffers.token_source[row] = item.seq.flying.place
@@ -42,6 +42,7 @@ class Runner:
                 token_ids = item.token_ids
                 assert len(token_ids) == count, "a prompt's token is on its way"
                 buffers.token_ids[rows] = token_ids
+                buffers.token_source[rows] = -1
                 buffers.positions[rows] = np.arange(start, start + count)
                 buffers.kv_end[rows] = np.arange(start + 1, start + count + 1)
                 buffers.row_seq[rows] = index

@@ -17,7 +17,7 @@ from skimp.kernels import cache_rows
 from skimp.kernels.cache_rows import CachedRows
 from skimp.kernels.lowbit import lowbit_linear
 from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
-from skimp.model.layers import Linear, RMSNorm
+from skimp.model.layers import Linear, RMSNorm, stacked_bias
 from skimp.model.spec import Activation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -83,12 +83,7 @@ class PlainOps:
         matrix = PlainMatrix(tuple(linears), self.dtype if low_bits else _weight(linears[0]).dtype)
         if not self.serving:
             return matrix
-        if any(linear.bias is not None for linear in linears):
-            biases = [
-                torch.zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
-                for linear in linears
-            ]
-            matrix.bias = torch.cat(biases)
+        matrix.bias = stacked_bias(linears)
         if low_bits:
             matrix.parts = tuple(linear.take() for linear in linears)
             return matrix

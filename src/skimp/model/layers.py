@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,20 @@ class Linear(nn.Module):
         assert matrix is not None, "this matrix was packed before"
         self.weight = self.quantized = None
         return matrix.detach() if isinstance(matrix, Tensor) else matrix
+
+
+def stacked_bias(linears: Sequence[Linear]) -> Tensor | None:
+    """Biases one after another, zeros for those without; None if there is none."""
+    given = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    if not given:
+        return None
+    parts = [
+        torch.zeros(linear.out_features, device=given[0].device)
+        if linear.bias is None
+        else linear.bias.detach()
+        for linear in linears
+    ]
+    return torch.cat(parts)
 
 
 class RMSNorm(nn.Module):

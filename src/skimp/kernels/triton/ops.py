@@ -14,8 +14,8 @@ from skimp.kernels.triton import rows
 from skimp.kernels.triton.attention import AttentionPlan, paged_attention, plan_attention
 from skimp.kernels.triton.launch import use_pdl
 from skimp.kernels.triton.linear import Matrix
-from skimp.model.layers import Linear, RMSNorm
-from skimp.model.spec import Activation, AttentionSpec
+from skimp.model.layers import Linear, RMSNorm, stacked_bias
+from skimp.model.spec import Activation
 
 PLANS_KEPT = 64
 
@@ -32,17 +32,7 @@ class TritonOps:
         self._passing: dict[tuple[object, ...], AttentionPlan] = {}
 
     def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> Matrix:
-        bias = None
-        if any(linear.bias is not None for linear in linears):
-            device = next(linear.bias.device for linear in linears if linear.bias is not None)
-            bias = torch.cat(
-                [
-                    torch.zeros(linear.out_features, device=device)
-                    if linear.bias is None
-                    else linear.bias.detach().float()
-                    for linear in linears
-                ]
-            )
+        bias = stacked_bias(linears)
         weights = [linear.take() for linear in linears]
         return layers.pack_matrix(weights, bias, gated=layout == "gated", dtype=self.dtype)
 
@@ -86,7 +76,7 @@ class TritonOps:
         return rows.add_norm(x, y, self._factor(norm), norm.eps)
 
     def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
-        plan = self._plan(params.spec, params, step, qkv)
+        plan = self._plan(params, step, qkv)
         return paged_attention(qkv, params, step, plan=plan)
 
     def logits(
@@ -103,19 +93,17 @@ class TritonOps:
             factor = self._factors[norm] = norm.factor().detach().contiguous()
         return factor
 
-    def _plan(
-        self, spec: AttentionSpec, params: AttentionParams, step: StepInputs, qkv: Tensor
-    ) -> AttentionPlan:
+    def _plan(self, params: AttentionParams, step: StepInputs, qkv: Tensor) -> AttentionPlan:
         assert params.cache is not None and step.bounds is not None
         low_bit = params.cache.spec.format is not None
-        key = (spec, qkv.shape[0], step.seq_starts.shape[0], step.bounds, low_bit)
+        key = (params.spec, qkv.shape[0], step.seq_starts.shape[0], step.bounds, low_bit)
         plans = self._kept if step.bounds.captured else self._passing
         plan = plans.get(key)
         if plan is None:
             if len(self._passing) >= PLANS_KEPT:
                 self._passing.clear()
             plan = plans[key] = plan_attention(
-                spec,
+                params.spec,
                 num_seqs=step.seq_starts.shape[0] - 1,
                 rows=qkv.shape[0],
                 most_rows=step.bounds.rows,

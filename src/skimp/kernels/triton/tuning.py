@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 import triton
 
+from skimp.cost.machine import cache_dir
+
 MANY = 256  # stands for every number of rows above 128
 REPEATS = 9
 
@@ -242,8 +244,7 @@ def tune(
 
 def cache_path() -> Path:
     """Where the user's own measurements are."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "skimp" / "triton" / "tuned.json"
+    return cache_dir() / "triton" / "tuned.json"
 
 
 def save(found: dict[str, Config], path: Path | None = None) -> Path:
