@@ -96,10 +96,13 @@ void tile_dpbf16(const void* x_, int64_t x_stride, int rows, const void* panels,
 
 // ---- low-bit panels widened ---------------------------------------------------------------------
 
-// To the nearest BF16 in the upper half of each word; a NaN is one with few bits set.
-SKIMP_INLINE vu to_upper_bf16(vf value) {
-  const vu bits = (vu)value;
-  return bits + 0x7fffu + ((bits >> 16) & 1u);
+// Neighbours in k, to the nearest BF16, in the halves of each output's word.
+SKIMP_INLINE vu to_bf16_pairs(vf even, vf odd) {
+  alignas(64) static constexpr uint16_t ORDER[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                     21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                     11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (vu)_mm512_permutexvar_epi16(_mm512_load_si512(ORDER), (__m512i)both);
 }
 
 template <int KIND>
@@ -125,9 +128,9 @@ SKIMP_INLINE void decode_bf16_as(const LowSpan& span, int panel, const uint8_t* 
         const vu words = load<vu>(w + line * 64 + v * VW * 4);
 #pragma GCC unroll 4
         for (int i = 0; i < 16 / BITS; ++i, pair += PANEL) {
-          const vu even = to_upper_bf16(value(words >> (i * BITS), zero) * scale);
-          const vu odd = to_upper_bf16(value(words >> (16 + i * BITS), zero) * scale);
-          store(pair, even >> 16 | (odd & 0xffff0000u));
+          const vf even = value(words >> (i * BITS), zero) * scale;
+          const vf odd = value(words >> (16 + i * BITS), zero) * scale;
+          store(pair, to_bf16_pairs(even, odd));
         }
       }
     }
