@@ -130,7 +130,7 @@ def test_norm_gate_and_bias(
 def test_every_kernel(
     name: str, config: Config, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if config.kind == "gemv" and name in ("int4-g32", "int4-g128-asym"):
+    if config.kind == "gemv" and name != "dense":
         pytest.skip("no such kernel")
     for n, k, rows in ((33, 130, 4), (64, 256, 2)):
         part = _part(name, n, k, dtype)
@@ -148,6 +148,45 @@ def test_every_kernel(
             assert found.dtype == dtype
             assert _relative(found, _normed(x.double(), factor) @ _exact(part).T) < _bound(dtype)
         assert not matrix.segments[0].counts.any()
+        monkeypatch.undo()
+
+
+@pytest.mark.skipif(not GPU, reason="Gluon needs a GPU")
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("name", ["int8", "int8-a8", "fp8", "int4", "int4-g32", "int4-g128"])
+def test_few_rows(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = tuning.FEW_ROWS // tuning.bucket(rows)
+    configs = [
+        Config(kind="few", block_n=16 * 8 // split, split=split, warps=8, stages=2),
+        Config(kind="few", block_n=32 * 4, split=1, warps=4, stages=1),
+        Config(kind="few", block_n=64, split=split, warps=max(4, split), stages=4),
+    ]
+    # The last is longer than one turn of the kernel's loop.
+    for n, k in ((33, 130), (256, 1024), (21, 5 * 1024 + 8)):
+        parts = [_part(name, n, k, torch.bfloat16) for _ in range(2)]
+        bias = torch.randn(n, device=DEVICE)
+        plain_matrix = pack_matrix(parts[:1], bias, gated=False, dtype=torch.bfloat16)
+        gated = pack_matrix(parts, None, gated=True, dtype=torch.bfloat16)
+        assert gated.segments[0].problem.few
+        x, factor = _inputs(rows, k)
+        rounding = WeightFormat.named(name).activations
+
+        def rounded(x: Tensor, rounding=rounding) -> Tensor:
+            return (lowbit.round_rows(x.bfloat16(), rounding) if rounding else x).double()
+
+        normed = rounded(_normed(x, factor))
+        gate, up = (normed @ _exact(part).T for part in parts)
+        slack = 5e-3 if rounding else 0.0
+        _poison(monkeypatch)
+        for config in configs:
+            _force(plain_matrix, config)
+            _force(gated, config)
+            residual = torch.randn(rows, n, device=DEVICE)
+            wanted = residual + rounded(x.bfloat16()) @ _exact(parts[0]).T + bias
+            found = linear(x.bfloat16(), plain_matrix, residual=residual)
+            assert _relative(found, wanted) < 8e-3
+            found = linear(x, gated, norm_factor=factor, eps=EPS, activation="silu")
+            assert _relative(found, F.silu(gate) * up) < 8e-3 + slack
         monkeypatch.undo()
 
 
@@ -259,7 +298,7 @@ def test_a_configuration_of_ones_own_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    problem = Problem(format="int8", outputs=64, inputs=32, gated=False, gemv=True)
+    problem = Problem(format="int8", outputs=64, inputs=32, gated=False, few=True)
     config = Config(kind="dot", block_n=32, split=2)
     tuning.save({problem.key("hopper", 5): config})
     tuning.save({problem.key("hopper", 9): replace(config, split=4)})
@@ -276,12 +315,13 @@ def test_rules_are_among_what_can_run() -> None:
     for name in ("bfloat16", "int8", "int4-g128"):
         for n, k in ((128256, 4096), (28672, 4096), (1024, 3072), (40, 96)):
             problem = Problem(
-                format=name, outputs=n, inputs=k, gated=False, gemv=name != "int4-g128"
+                format=name, outputs=n, inputs=k, gated=False, few=name == "int4-g128"
             )
             for rows in (1, 2, 3, 8, 17, 100, 128, 129, 5000):
                 config = tuning.rule(problem, rows, 132)
                 assert config.block_n >= 2 and config.split >= 1
-                assert config.kind != "gemv" or (problem.gemv and rows <= 4)
+                assert config.kind != "gemv" or (problem.dense and rows <= 4)
+                assert config.kind != "few" or (problem.few and rows <= 8)
                 for seed in tuning.seeds(problem, rows, 132):
                     near = list(tuning.neighbours(problem, rows, seed))
                     assert seed not in near and (near or n == 40 or seed.kind == "library")

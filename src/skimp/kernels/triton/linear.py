@@ -34,9 +34,15 @@ from skimp.kernels.triton.products import (
 from skimp.kernels.triton.rows import expand, finish_rows, rms_norm, round_rows
 from skimp.kernels.triton.tuning import DETERMINISTIC, Config, Problem, bucket, choose
 
+try:
+    from skimp.kernels.triton.few_rows import few_rows_kernel
+except ImportError:  # a Triton without Gluon, or with another one
+    few_rows_kernel = None
+
 ACTIVATIONS = {None: NONE, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 PER = {DENSE: 1, INT8: 2, INT4: 4, FP8: 2}  # values in an int16 word
 FUSED_NORM_ROWS = 16  # more rows are normed once, before the product
+FUSED_NORM_BYTES = 64 << 10  # of normed rows in shared memory
 TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -53,7 +59,7 @@ class Segment:
     start: int  # first output, in the order of storage
     outputs: int
     inputs: int
-    weight: Tensor  # dense [N, K], or int32 [N, 16 * chunks]
+    weight: Tensor  # dense [N, K], or int16 [N padded to 16 / 16, chunks, 16, 32]
     scale: Tensor | None = None  # float32 [G, N]
     less: Tensor | None = None  # float32 [G, N]: minus the zero point (less 136 more at 4 bits)
     group: int = 0  # 0: one scale an output
@@ -61,10 +67,6 @@ class Segment:
     counts: Tensor  # int32, all 0 between products: arrivals at each tile
     problem: Problem
     configs: dict[int, Config] = field(default_factory=dict)
-
-    @property
-    def words(self) -> Tensor:
-        return self.weight if self.kind == DENSE else self.weight.view(torch.int16)
 
     @property
     def rounding(self) -> Literal["int8", "fp8"] | None:
@@ -84,10 +86,11 @@ class Segment:
             return self.weight
         out = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self.weight.device)
         expand(
-            self.words,
+            self.weight,
             self.scale if self.group else None,
             self.less,
             out,
+            outputs=self.outputs,
             kind=self.kind,
             per=PER[self.kind],
             group=self.group,
@@ -181,6 +184,7 @@ def _segment(
         return torch.cat(tuple(tensors)) if len(tensors) > 1 else tensors[0].contiguous()
 
     form, inputs = _format(run[0]), run[0].shape[1]
+    outputs = sum(part.shape[0] for part in run)
     scale = less = None
     group = 0
     if form is None:
@@ -190,18 +194,17 @@ def _segment(
         low_bit = [part for part in run if isinstance(part, QuantizedWeight)]
         kind = FP8 if form.kind == "float" else INT4 if form.bits == 4 else INT8
         group = _group(low_bit[0]) or 0
-        weight = beside([_words(part) for part in low_bit])
+        weight = _panels(beside([_words(part) for part in low_bit]))
         scale = beside([part.scale.float() for part in low_bit]).T.contiguous()
         if form.symmetric is False:
             zeros = [part.zero for part in low_bit if part.zero is not None]
             less = -beside(zeros).float().T.contiguous() - (136 if kind == INT4 else 0)
-    outputs = weight.shape[0]
     problem = Problem(
         format=str(dtype).removeprefix("torch.") if form is None else form.name,
         outputs=outputs,
         inputs=inputs,
         gated=gated,
-        gemv=less is None and group % (32 * PER[kind]) == 0,
+        few=few_rows_kernel is not None and _few_rows_fit(weight, kind, less, dtype),
     )
     return Segment(
         kind=kind,
@@ -218,8 +221,19 @@ def _segment(
     )
 
 
+def _few_rows_fit(weight: Tensor, kind: int, less: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether ``few_rows.py`` takes such a matrix; Triton's interpreter does not run Gluon."""
+    return (
+        kind != DENSE
+        and less is None
+        and dtype == torch.bfloat16
+        and weight.is_cuda
+        and torch.cuda.get_device_capability(weight.device)[0] >= 8
+    )
+
+
 def _words(weight: QuantizedWeight) -> Tensor:
-    """The stored values as int32 [N, 16 * chunks], in the order ``products.py`` describes."""
+    """The stored values as int16 [N, chunks, 32], in the order ``products.py`` describes."""
     rows, k = weight.shape
     if weight.format.bits == 4:
         per, bits = 4, 4
@@ -233,7 +247,13 @@ def _words(weight: QuantizedWeight) -> Tensor:
     words = torch.zeros(rows, pairs.shape[1], 32, dtype=torch.int16, device=pairs.device)
     for i in range(per):
         words |= pairs[:, :, i].to(torch.int16) << (bits * i)
-    return words.flatten(1).view(torch.int32)
+    return words
+
+
+def _panels(words: Tensor) -> Tensor:
+    """int16 [N, chunks, 32] to [N padded to 16 / 16, chunks, 16, 32]."""
+    words = F.pad(words, (0, 0, 0, 0, 0, -words.shape[0] % 16))
+    return words.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
 
 
 def linear(
@@ -325,7 +345,7 @@ def _product(
         source.factor is not None
         and segment.rounding is None
         and not deterministic
-        and (config.kind == "gemv" or (config.kind == "dot" and rows <= FUSED_NORM_ROWS))
+        and _fuses_norm(config, rows, segment.inputs)
     )
     row_scale = None
     if fuse:
@@ -342,20 +362,25 @@ def _product(
     n, k, kind = segment.outputs, segment.inputs, segment.kind
     asm = out.is_cuda and source.dtype == torch.bfloat16
     extra = {"launch_pdl": True} if pdl else {}
+    weight, per = segment.weight, PER[kind]
     if config.kind == "gemv":
-        weight = segment.weight
-        per = PER[kind]
-        even = weight.shape[1] % config.block_k == 0 and (kind == DENSE or k % (32 * per) == 0)
         gemv_kernel[(-(-n // config.block_n),)](
-            x, factor, weight, segment.scale, row_scale, segment.bias, residual, target,
+            x, factor, weight, segment.bias, residual, target,
             rows, n, x.stride(0), out.stride(0), out.stride(0), source.eps,
-            K=k, WIDTH=weight.shape[1], KIND=kind, PER=per, GROUP=segment.group,
-            ACTIVATION=activation, EVEN_K=even, ROWS=rows if rows <= 2 else 4,
-            BLOCK_N=config.block_n, BLOCK_K=config.block_k, ASM=asm, PDL=pdl,
+            K=k, ACTIVATION=activation, EVEN_K=k % config.block_k == 0,
+            ROWS=rows if rows <= 2 else 4, BLOCK_N=config.block_n, BLOCK_K=config.block_k, PDL=pdl,
             num_warps=config.warps, **extra,
         )  # fmt: skip
         return
-    per = PER[kind]
+    if config.kind == "few":
+        few_rows_kernel[(-(-n // config.block_n),)](
+            x, factor, weight, segment.scale, row_scale, segment.bias, residual, target,
+            rows, n, x.stride(0), out.stride(0), out.stride(0), source.eps,
+            K=k, CHUNKS=weight.shape[1], KIND=kind, PER=per, GROUP=segment.group,
+            ACTIVATION=activation, ROWS=bucket(rows), SLICES=config.split, BLOCK_N=config.block_n,
+            AHEAD=config.stages, PDL=pdl, num_warps=config.warps, **extra,
+        )  # fmt: skip
+        return
     depth = config.block_k if kind == DENSE else 32 * per  # inputs of a step
     steps = -(-k // depth)
     tiles = (-(-n // config.block_n), -(-rows // config.block_m))
@@ -367,16 +392,21 @@ def _product(
         partial = torch.empty(
             tiles[0] * tiles[1] * split * tile, dtype=torch.float32, device=x.device
         )
-    weight = segment.words
     dot_kernel[(*tiles, split)](
         x, factor, weight, segment.scale, segment.less, row_scale, segment.bias, residual, target,
-        partial, segment.counts, rows, n, k, x.stride(0), weight.stride(0), out.stride(0),
+        partial, segment.counts, rows, n, k, x.stride(0), out.stride(0),
         out.stride(0), source.eps, steps, of_split,
         KIND=kind, PER=per, GROUP=segment.group, ACTIVATION=activation, EVEN_K=k % depth == 0,
         SPLIT=split > 1, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
         STAGES=config.stages, DTYPE=TRITON_DTYPES[source.dtype], ASM=asm, PDL=pdl,
         num_warps=config.warps, num_stages=config.stages, **extra,
     )  # fmt: skip
+
+
+def _fuses_norm(config: Config, rows: int, inputs: int) -> bool:
+    if config.kind == "few":  # eight bfloat16 columns of a slice's inputs
+        return 16 * inputs // config.split <= FUSED_NORM_BYTES
+    return config.kind == "gemv" or (config.kind == "dot" and rows <= FUSED_NORM_ROWS)
 
 
 def _library(
@@ -404,10 +434,11 @@ def embed(ids: Tensor, table: Matrix, scale: float = 1.0) -> Tensor:
     (segment,) = table.segments
     out = torch.empty(ids.shape[0], table.inputs, dtype=torch.float32, device=ids.device)
     expand(
-        segment.words,
+        segment.weight,
         segment.scale,
         segment.less,
         out,
+        outputs=segment.outputs,
         kind=segment.kind,
         per=PER[segment.kind],
         group=segment.group,

@@ -2,10 +2,11 @@
 
 Shape legend: M rows, K inputs, N outputs, G groups of inputs. Sums are float32.
 
-A low-bit matrix is int32 words in chunks of 16 a row. Seen as 32 int16 words, value ``i`` of word
-``j`` (from the low bits up) is input ``32 * i + j`` of the chunk: taking value ``i`` of every word
-gives 32 consecutive inputs, and one 32-bit instruction turns two words into a bfloat16 pair.
-4 bits hold ``q + 8``, 8 bits hold ``q + 128`` or an E4M3 byte.
+A row of a low-bit matrix is chunks of 32 int16 words. Value ``i`` of word ``j`` (from the low bits
+up) is input ``32 * i + j`` of the chunk: taking value ``i`` of every word gives 32 consecutive
+inputs, and one 32-bit instruction turns two words into a bfloat16 pair. 4 bits hold ``q + 8``, 8
+bits hold ``q + 128`` or an E4M3 byte. 16 rows make a panel, where the same chunk of all rows lies
+together, so that what a warp reads at once is one kilobyte of memory in a row.
 
 Both products end alike: scales, bias, gated activation and residual in one epilogue. The two
 outputs of a gate/up pair lie side by side.
@@ -147,23 +148,6 @@ def await_inputs(lines):
 
 
 @triton.jit
-def decode_part(
-    words, PART: tl.constexpr, KIND: tl.constexpr, PER: tl.constexpr, ASM: tl.constexpr
-):
-    """Value ``PART % PER`` of each int32 word's half ``PART // PER``, in float32."""
-    if ASM:
-        # Both halves at once, in bfloat16; the other half's call is the same and costs nothing.
-        pair = tl.inline_asm_elementwise(
-            words_asm(KIND, PART % PER, False), "=r,r", [words],
-            dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
-        wide = pair << 16 if PART < PER else pair & -65536
-        return wide.to(tl.float32, bitcast=True)
-    else:
-        return decode_wide(words >> (16 * (PART // PER) + 16 // PER * (PART % PER)), KIND)
-
-
-@triton.jit
 def row_input(
     x_ptr, factor, row, M, K, k, stride_x, NORM: tl.constexpr, EVEN_K: tl.constexpr,
     CHECK: tl.constexpr,
@@ -190,86 +174,60 @@ def _tile(w_rows, at, WIDTH: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def gemv_kernel(
-    x_ptr, factor_ptr, w_ptr, scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr,
+    x_ptr, factor_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr,
     M, N, stride_x, stride_residual, stride_out, eps,
-    K: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr, PER: tl.constexpr,
-    GROUP: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """At most four rows, without tensor cores: every thread adds up its own share of K for each
-    output of the program, and shares meet once, at the end. The norm's root is taken there too.
-    A tile of weights is asked for before the last one is used, the first before inputs are there.
-
-    Groups must be whole chunks. ``BLOCK_K`` counts what is loaded: numbers of a dense matrix,
-    int32 words of a low-bit one; ``WIDTH`` is a row's.
-    """
+    """At most four rows and a dense matrix, without tensor cores: every thread adds up its own
+    share of K for each output of the program, and shares meet once, at the end. The norm's root is
+    taken there too. A tile of weights is asked for before the last one is used, the first before
+    inputs are there."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = tl.minimum(columns, N - 1).to(tl.int64)
-    w_rows = w_ptr + inside[:, None] * WIDTH
+    w_rows = w_ptr + inside[:, None] * K
     lanes = tl.arange(0, BLOCK_K)
-    ahead = _tile(w_rows, lanes, WIDTH, EVEN_K)
+    ahead = _tile(w_rows, lanes, K, EVEN_K)
     NORM: tl.constexpr = factor_ptr is not None
-    SHARE: tl.constexpr = 8 if KIND == 0 else 4  # what a thread loads at once of an output
+    SHARE: tl.constexpr = 8  # what a thread loads at once of an output
     if PDL:
         LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
         lines = BLOCK_K + tl.arange(0, (BLOCK_K + LINE - 1) // LINE) * LINE
-        await_inputs(w_rows + tl.minimum(lines, WIDTH - 1)[None, :])
+        await_inputs(w_rows + tl.minimum(lines, K - 1)[None, :])
     acc0 = tl.zeros((BLOCK_N, BLOCK_K // SHARE), tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     square0 = tl.zeros((BLOCK_K,), tl.float32)
     square1, square2, square3 = square0, square0, square0
-    for start in tl.static_range(0, WIDTH, BLOCK_K):
-        at = start + lanes
-        w = ahead
-        if start + BLOCK_K < WIDTH:
-            ahead = _tile(w_rows, at + BLOCK_K, WIDTH, EVEN_K)
-        scale = 1.0
-        if GROUP:
-            group = (start + tl.arange(0, BLOCK_K // SHARE) * SHARE) // 16 * (32 * PER) // GROUP
-            place = scale_ptr + group[None, :] * N + inside[:, None]
+    for start in tl.static_range(0, K, BLOCK_K):
+        k = start + lanes
+        w = ahead.to(tl.float32)
+        if start + BLOCK_K < K:
+            ahead = _tile(w_rows, k + BLOCK_K, K, EVEN_K)
+        factor = k
+        if NORM:
             if EVEN_K:
-                scale = tl.load(place)
+                factor = tl.load(factor_ptr + k)
             else:
-                scale = tl.load(place, mask=(group * GROUP < K)[None, :], other=0.0)
-        sum0, sum1, sum2, sum3 = w, w, w, w
-        for part in tl.static_range(1 if KIND == 0 else 2 * PER):
-            if KIND == 0:
-                k = at
-                q = w.to(tl.float32)
-            else:
-                k = (at // 16) * (32 * PER) + (part % PER) * 32 + (at % 16) * 2 + part // PER
-                q = decode_part(w, part, KIND, PER, ASM)
-            factor = k
-            if NORM:
-                if EVEN_K:
-                    factor = tl.load(factor_ptr + k)
-                else:
-                    factor = tl.load(factor_ptr + k, mask=k < K, other=0.0)
-            raw, x = row_input(x_ptr, factor, 0, M, K, k, stride_x, NORM, EVEN_K, False)
-            sum0 = q * x[None, :] if part == 0 else sum0 + q * x[None, :]
-            if NORM:
-                square0 += raw * raw
-            if ROWS > 1:
-                raw, x = row_input(x_ptr, factor, 1, M, K, k, stride_x, NORM, EVEN_K, False)
-                sum1 = q * x[None, :] if part == 0 else sum1 + q * x[None, :]
-                if NORM:
-                    square1 += raw * raw
-            if ROWS > 2:
-                raw, x = row_input(x_ptr, factor, 2, M, K, k, stride_x, NORM, EVEN_K, True)
-                sum2 = q * x[None, :] if part == 0 else sum2 + q * x[None, :]
-                if NORM:
-                    square2 += raw * raw
-                raw, x = row_input(x_ptr, factor, 3, M, K, k, stride_x, NORM, EVEN_K, True)
-                sum3 = q * x[None, :] if part == 0 else sum3 + q * x[None, :]
-                if NORM:
-                    square3 += raw * raw
+                factor = tl.load(factor_ptr + k, mask=k < K, other=0.0)
+        raw, x = row_input(x_ptr, factor, 0, M, K, k, stride_x, NORM, EVEN_K, False)
         # Neighbours, which one thread holds, are added at once, so that it keeps fewer sums.
-        acc0 += tl.sum(tl.reshape(sum0, (BLOCK_N, BLOCK_K // SHARE, SHARE)), 2) * scale
+        acc0 += tl.sum(tl.reshape(w * x[None, :], (BLOCK_N, BLOCK_K // SHARE, SHARE)), 2)
+        if NORM:
+            square0 += raw * raw
         if ROWS > 1:
-            acc1 += tl.sum(tl.reshape(sum1, (BLOCK_N, BLOCK_K // SHARE, SHARE)), 2) * scale
+            raw, x = row_input(x_ptr, factor, 1, M, K, k, stride_x, NORM, EVEN_K, False)
+            acc1 += tl.sum(tl.reshape(w * x[None, :], (BLOCK_N, BLOCK_K // SHARE, SHARE)), 2)
+            if NORM:
+                square1 += raw * raw
         if ROWS > 2:
-            acc2 += tl.sum(tl.reshape(sum2, (BLOCK_N, BLOCK_K // SHARE, SHARE)), 2) * scale
-            acc3 += tl.sum(tl.reshape(sum3, (BLOCK_N, BLOCK_K // SHARE, SHARE)), 2) * scale
+            raw, x = row_input(x_ptr, factor, 2, M, K, k, stride_x, NORM, EVEN_K, True)
+            acc2 += tl.sum(tl.reshape(w * x[None, :], (BLOCK_N, BLOCK_K // SHARE, SHARE)), 2)
+            if NORM:
+                square2 += raw * raw
+            raw, x = row_input(x_ptr, factor, 3, M, K, k, stride_x, NORM, EVEN_K, True)
+            acc3 += tl.sum(tl.reshape(w * x[None, :], (BLOCK_N, BLOCK_K // SHARE, SHARE)), 2)
+            if NORM:
+                square3 += raw * raw
     for row in tl.static_range(ROWS):
         if row == 0:
             y, square = tl.sum(acc0, 1), square0
@@ -283,9 +241,15 @@ def gemv_kernel(
             y *= tl.rsqrt(tl.sum(square, 0) / K + eps)
         finish(
             y[None, :], row + tl.arange(0, 1), columns, M, N,
-            scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr, stride_residual, stride_out,
-            KIND != 0 and GROUP == 0, ACTIVATION,
+            None, None, bias_ptr, residual_ptr, out_ptr, stride_residual, stride_out,
+            False, ACTIVATION,
         )  # fmt: skip
+
+
+@triton.jit
+def panel_offset(row, CHUNKS):
+    """Where a row of a low-bit matrix begins, in int16 words; its chunks lie 512 apart."""
+    return (row // 16).to(tl.int64) * (CHUNKS * 512) + row % 16 * 32
 
 
 @triton.constexpr_function
@@ -309,7 +273,7 @@ def group_at(k, K, GROUP: tl.constexpr, EVEN_K: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "steps", "steps_of_split"])
 def dot_kernel(
     x_ptr, factor_ptr, w_ptr, scale_ptr, less_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr,
-    partial_ptr, count_ptr, M, N, K, stride_x, stride_w, stride_residual, stride_out, eps,
+    partial_ptr, count_ptr, M, N, K, stride_x, stride_residual, stride_out, eps,
     steps, steps_of_split,
     KIND: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -327,14 +291,21 @@ def dot_kernel(
     split = tl.program_id(2)
     inside = tl.minimum(columns, N - 1)
     row_ok = (rows < M)[:, None]
-    w_rows = w_ptr + inside.to(tl.int64)[:, None] * stride_w
+    if KIND == 0:
+        w_rows = w_ptr + inside.to(tl.int64)[:, None] * K
+    else:
+        w_rows = w_ptr + panel_offset(inside, steps)[:, None]
     x_rows = x_ptr + rows.to(tl.int64)[:, None] * stride_x
     first = split * steps_of_split
     STEP: tl.constexpr = BLOCK_K if KIND == 0 else 32
+    STRIDE: tl.constexpr = BLOCK_K if KIND == 0 else 512  # from one step's weights to the next's
     if PDL:
-        LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        ahead = first * STEP + tl.arange(0, 4) * LINE
-        await_inputs(w_rows + tl.minimum(ahead, stride_w - 1)[None, :])
+        if KIND == 0:
+            LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            ahead = tl.minimum(first * STEP + tl.arange(0, 4) * LINE, K - 1)
+        else:
+            ahead = tl.minimum(first + tl.arange(0, 4), steps - 1) * STRIDE
+        await_inputs(w_rows + ahead[None, :])
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     square = tl.zeros((BLOCK_M,), tl.float32)
     lanes = tl.arange(0, STEP)
@@ -343,7 +314,7 @@ def dot_kernel(
             in_row = (step * STEP + lanes < K)[None, :]
             w = tl.load(w_rows + (step * STEP + lanes)[None, :], mask=in_row, other=0.0)
         else:
-            w = tl.load(w_rows + (step * STEP + lanes)[None, :])
+            w = tl.load(w_rows + (step * STRIDE + lanes)[None, :])
         part = acc
         less = w
         for i in tl.static_range(PER):

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from skimp.kernels.triton.products import activate, decode_wide
+from skimp.kernels.triton.products import activate, decode_wide, panel_offset
 
 ROUNDINGS: dict[str | None, int] = {None: 0, "int8": 1, "fp8": 2}
 
@@ -104,7 +104,7 @@ def _finish_kernel(
 
 @triton.jit
 def _expand_kernel(
-    id_ptr, w_ptr, scale_ptr, less_ptr, out_ptr, N, K, stride_w, stride_out, factor,
+    id_ptr, w_ptr, scale_ptr, less_ptr, out_ptr, N, K, stride_out, factor,
     KIND: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -114,10 +114,12 @@ def _expand_kernel(
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     ok = k < K
     if KIND == 0:
-        value = tl.load(w_ptr + source * stride_w + k, mask=ok, other=0.0).to(tl.float32)
+        value = tl.load(w_ptr + source * K + k, mask=ok, other=0.0).to(tl.float32)
     else:
-        word = (k // (32 * PER)) * 32 + k % 32
-        bits = tl.load(w_ptr + source * stride_w + word, mask=ok, other=0).to(tl.int32) & 0xFFFF
+        word = (k // (32 * PER)) * 512 + k % 32
+        w_row = w_ptr + panel_offset(source, (K + 32 * PER - 1) // (32 * PER))
+        bits = tl.load(w_row + word, mask=ok, other=0)
+        bits = bits.to(tl.int32) & 0xFFFF
         value = decode_wide(bits >> ((k // 32) % PER * (16 // PER)), KIND)
         at = (k // GROUP if GROUP else k * 0) * N + source
         if less_ptr is not None:
@@ -208,19 +210,21 @@ def expand(
     less: Tensor | None,
     out: Tensor,
     *,
+    outputs: int,
     kind: int,
     per: int,
     group: int,
     ids: Tensor | None = None,
     factor: float = 1.0,
 ) -> None:
-    """Rows ``ids`` (or all) of a stored matrix as numbers times ``factor``, into ``out`` [R, K]."""
+    """Rows ``ids`` (or all) of a stored matrix [outputs, K] as numbers times ``factor``, into
+    ``out`` [R, K]."""
     rows, k = out.shape
     if rows == 0:
         return
     block = min(1024, triton.next_power_of_2(k))
     _expand_kernel[(rows, triton.cdiv(k, block))](
-        ids, weight, scale, less, out, weight.shape[0], k, weight.stride(0), out.stride(0), factor,
+        ids, weight, scale, less, out, outputs, k, out.stride(0), factor,
         KIND=kind, PER=per, GROUP=group, BLOCK_K=block, num_warps=4,
     )  # fmt: skip
 

@@ -21,22 +21,24 @@ import triton
 
 from skimp.cost.machine import cache_dir
 
+GEMV_ROWS = 4
+FEW_ROWS = 8  # columns of the tensor cores' right operand: rows times slices of K in few
 MANY = 256  # stands for every number of rows above 128
 REPEATS = 9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How a product runs: ``gemv`` and ``dot`` are kernels of ``products.py``; ``library`` is
-    cuBLAS, after expansion of low-bit weights."""
+    """How a product runs: ``gemv`` and ``dot`` are kernels of ``products.py``, ``few`` is that of
+    ``few_rows.py``; ``library`` is cuBLAS, after expansion of low-bit weights."""
 
-    kind: Literal["gemv", "dot", "library"]
+    kind: Literal["gemv", "few", "dot", "library"]
     block_n: int = 64
     block_m: int = 16
-    block_k: int = 128  # of a dense matrix in dot; numbers or int32 words in gemv
-    split: int = 1  # programs that share K
+    block_k: int = 128  # of a dense matrix
+    split: int = 1  # programs that share K; in few, slices of K in a program
     warps: int = 4
-    stages: int = 4
+    stages: int = 4  # in few, chunks of weights under way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +49,11 @@ class Problem:
     outputs: int
     inputs: int
     gated: bool
-    gemv: bool  # whether that kernel takes the format
+    few: bool  # whether that kernel takes the matrix
 
     @property
     def dense(self) -> bool:
         return self.format in ("bfloat16", "float16", "float32")
-
-    @property
-    def loaded(self) -> int:
-        """Weights in one of what gemv loads: a number, or an int32 word."""
-        return 1 if self.dense else 8 if self.format.startswith("int4") else 4
 
     def key(self, family: str, rows: int) -> str:
         gated = " gated" if self.gated else ""
@@ -86,17 +83,27 @@ def rule(problem: Problem, rows: int, processors: int) -> Config:
     rows = bucket(rows)
     if rows >= (64 if problem.dense else MANY):
         return Config(kind="library")
-    if problem.gemv and rows <= (4 if problem.dense else 1):
+    if problem.few and rows <= 2:
+        return _few_rule(problem, rows, processors)
+    if problem.dense and rows <= GEMV_ROWS:
         return _gemv_rule(problem, rows, processors)
     return _dot_rule(problem, rows, processors)
 
 
+def _few_rule(problem: Problem, rows: int, processors: int) -> Config:
+    split = FEW_ROWS // rows
+    warps = max(4, split)
+    block_n = 16 * warps // split
+    if problem.outputs >= 8 * block_n * processors:
+        block_n *= 2
+    return Config(kind="few", block_n=block_n, split=split, warps=warps, stages=2)
+
+
 def _gemv_rule(problem: Problem, rows: int, processors: int) -> Config:
     wide = problem.outputs >= 8 * 4 * processors
-    share = 8 if problem.dense else 4  # in one load of a thread
-    width = problem.inputs // problem.loaded
-    block_k = min(128 * share, max(32, triton.next_power_of_2(width)))
-    while width % block_k and block_k > 32 * share:
+    share = 8  # in one load of a thread
+    block_k = min(128 * share, max(32, triton.next_power_of_2(problem.inputs)))
+    while problem.inputs % block_k and block_k > 32 * share:
         block_k //= 2
     return Config(
         kind="gemv",
@@ -125,7 +132,9 @@ def seeds(problem: Problem, rows: int, processors: int) -> list[Config]:
         found.append(_dot_rule(problem, rows, processors))
     if found[0].kind != "library" and rows >= 16:
         found.append(Config(kind="library"))
-    if found[0].kind != "gemv" and problem.gemv and rows <= 4:
+    if found[0].kind != "few" and problem.few and rows <= FEW_ROWS:
+        found.append(_few_rule(problem, rows, processors))
+    if found[0].kind != "gemv" and problem.dense and rows <= GEMV_ROWS:
         found.append(_gemv_rule(problem, rows, processors))
     return found
 
@@ -135,6 +144,9 @@ def neighbours(problem: Problem, rows: int, config: Config) -> Iterator[Config]:
     if config.kind == "library":
         return
     rows = bucket(rows)
+    if config.kind == "few":
+        yield from _few_neighbours(config, rows)
+        return
     gemv, dense = config.kind == "gemv", problem.dense
 
     def with_(**changes: int) -> Iterator[Config]:
@@ -143,9 +155,10 @@ def neighbours(problem: Problem, rows: int, config: Config) -> Iterator[Config]:
         new = Config(**{**asdict(config), **changes})
         if gemv:
             # Weights that a thread holds at a time, which it holds a sum for at each row.
-            share = new.block_n * new.block_k * problem.loaded // (32 * new.warps)
-            most = 128 * (1 if dense else 2) // rows
-            fits = 8 <= share <= most and 2 <= new.block_n <= 32 and 32 <= new.block_k <= 4096
+            share = new.block_n * new.block_k // (32 * new.warps)
+            fits = (
+                8 <= share <= 128 // rows and 2 <= new.block_n <= 32 and 32 <= new.block_k <= 4096
+            )
         else:
             step = (new.block_m + new.block_n) * new.block_k * 2
             step = step if dense else new.block_n * 64 + new.block_m * 256
@@ -184,6 +197,28 @@ def neighbours(problem: Problem, rows: int, config: Config) -> Iterator[Config]:
     if dense:
         yield from with_(block_k=config.block_k * 2)
         yield from with_(block_k=config.block_k // 2)
+
+
+def _few_neighbours(config: Config, rows: int) -> Iterator[Config]:
+    def with_(**changes: int) -> Iterator[Config]:
+        new = Config(**{**asdict(config), **changes})
+        fits = (
+            1 <= new.split <= min(FEW_ROWS // rows, new.warps)
+            and new.warps <= 16
+            and new.block_n * new.split // new.warps in (16, 32, 64)
+            and new.stages in (1, 2, 4)
+        )
+        if fits:
+            yield new
+
+    for factor in (2.0, 0.5):
+        block_n, warps = int(config.block_n * factor), int(config.warps * factor)
+        yield from with_(stages=int(config.stages * factor))
+        yield from with_(block_n=block_n)
+        yield from with_(warps=warps)
+        yield from with_(block_n=block_n, warps=warps)
+        yield from with_(split=int(config.split * factor), warps=warps)
+        yield from with_(split=int(config.split * factor), block_n=int(config.block_n / factor))
 
 
 def measure(calls: Sequence[Callable[[], object]]) -> float:
