@@ -4,6 +4,9 @@ be trusted with bfloat16 products, and runs no inline assembly)."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -156,13 +159,15 @@ def test_every_kernel(
 @pytest.mark.parametrize("name", ["int8", "int8-a8", "fp8", "int4", "int4-g32", "int4-g128"])
 def test_few_rows(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     split = tuning.FEW_ROWS // tuning.bucket(rows)
-    configs = [
-        Config(kind="few", block_n=16 * 8 // split, split=split, warps=8, stages=2),
-        Config(kind="few", block_n=32 * 4, split=1, warps=4, stages=1),
-        Config(kind="few", block_n=64, split=split, warps=max(4, split), stages=4),
-    ]
+    wide = Config(kind="few", block_n=16 * 8 // split, split=split, warps=8, stages=2)
+    whole = Config(kind="few", block_n=128, split=1, warps=4, stages=1)
+    deep = Config(kind="few", block_n=64, split=split, warps=max(4, split), stages=4)
     # The last is longer than one turn of the kernel's loop.
-    for n, k in ((33, 130), (256, 1024), (21, 5 * 1024 + 8)):
+    for n, k, configs in (
+        (33, 130, [wide, whole, deep]),
+        (256, 1024, [wide, whole]),
+        (21, 5 * 1024 + 8, [whole]),
+    ):
         parts = [_part(name, n, k, torch.bfloat16) for _ in range(2)]
         bias = torch.randn(n, device=DEVICE)
         plain_matrix = pack_matrix(parts[:1], bias, gated=False, dtype=torch.bfloat16)
@@ -188,6 +193,20 @@ def test_few_rows(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None
             found = linear(x, gated, norm_factor=factor, eps=EPS, activation="silu")
             assert _relative(found, F.silu(gate) * up) < 8e-3 + slack
         monkeypatch.undo()
+
+
+def test_few_rows_compile_without_a_gpu(tmp_path: Path) -> None:
+    """The interpreter does not run Gluon, but its compiler needs no GPU."""
+    pytest.importorskip("triton.experimental.gluon")
+    script = Path(__file__).with_name("compile_few_rows.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mma.sync.aligned.m16n8k16" in done.stdout
+    assert "ld.global.v4" in done.stdout  # weights, 16 bytes a thread
+    assert "ld.local" not in done.stdout
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])

@@ -46,8 +46,8 @@ def _words(w_rows, first, chunk, end, CHUNKS: gl.constexpr, EVEN: gl.constexpr):
 
 
 @gluon.jit
-def _staged(
-    x_ptr, factor_ptr, chunk, M, K: gl.constexpr, stride_x, ROWS: gl.constexpr,
+def _columns(
+    x_ptr, factor_ptr, chunk: gl.constexpr, M, K: gl.constexpr, stride_x, ROWS: gl.constexpr,
     SLICES: gl.constexpr, OF_SLICE: gl.constexpr, DEPTH: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     """[8, DEPTH]: the right operand's columns for chunk ``chunk`` of each slice, times the norm's
@@ -55,7 +55,7 @@ def _staged(
     column = gl.arange(0, 8, gl.SliceLayout(1, WIDE))[:, None]
     k = (column // ROWS * OF_SLICE + chunk) * DEPTH
     k += gl.arange(0, DEPTH, gl.SliceLayout(0, WIDE))[None, :]
-    ok = (column % ROWS < M) & (column // ROWS < SLICES) & (k < K)
+    ok = (column % ROWS < M) & (column // ROWS < SLICES) & (k < K) & (chunk < OF_SLICE)
     raw = gl.load(x_ptr + column % ROWS * stride_x + k, mask=ok, other=0.0)
     if factor_ptr is not None:
         factor = gl.load(factor_ptr + k, mask=k < K, other=0.0)
@@ -149,60 +149,22 @@ def few_rows_kernel(
         async_copy.commit_group()
         async_copy.wait_group(0)
     elif STAGED:
-        for first_of in gl.static_range(0, OF_SLICE, 4):
-            # Four are asked for before the first is used.
-            x0, raw0 = _staged(
-                x_ptr, factor_ptr, first_of, M, K, stride_x, ROWS, SLICES, OF_SLICE, DEPTH, WIDE
-            )
-            x1, raw1 = x0, raw0
-            x2, raw2 = x0, raw0
-            x3, raw3 = x0, raw0
-            if first_of + 1 < OF_SLICE:
-                x1, raw1 = _staged(
-                    x_ptr,
-                    factor_ptr,
-                    first_of + 1,
-                    M,
-                    K,
-                    stride_x,
-                    ROWS,
-                    SLICES,
-                    OF_SLICE,
-                    DEPTH,
-                    WIDE,
-                )
-            if first_of + 2 < OF_SLICE:
-                x2, raw2 = _staged(
-                    x_ptr,
-                    factor_ptr,
-                    first_of + 2,
-                    M,
-                    K,
-                    stride_x,
-                    ROWS,
-                    SLICES,
-                    OF_SLICE,
-                    DEPTH,
-                    WIDE,
-                )
-            if first_of + 3 < OF_SLICE:
-                x3, raw3 = _staged(
-                    x_ptr,
-                    factor_ptr,
-                    first_of + 3,
-                    M,
-                    K,
-                    stride_x,
-                    ROWS,
-                    SLICES,
-                    OF_SLICE,
-                    DEPTH,
-                    WIDE,
-                )
-            squares = _stage(shared, first_of, x0, raw0, squares, OF_SLICE, NORM)
-            squares = _stage(shared, first_of + 1, x1, raw1, squares, OF_SLICE, NORM)
-            squares = _stage(shared, first_of + 2, x2, raw2, squares, OF_SLICE, NORM)
-            squares = _stage(shared, first_of + 3, x3, raw3, squares, OF_SLICE, NORM)
+        for four in gl.static_range(0, OF_SLICE, 4):
+            # All are asked for before the first is used.
+            # fmt: off
+            x0, raw0 = _columns(
+                x_ptr, factor_ptr, four, M, K, stride_x, ROWS, SLICES, OF_SLICE, DEPTH, WIDE)
+            x1, raw1 = _columns(
+                x_ptr, factor_ptr, four + 1, M, K, stride_x, ROWS, SLICES, OF_SLICE, DEPTH, WIDE)
+            x2, raw2 = _columns(
+                x_ptr, factor_ptr, four + 2, M, K, stride_x, ROWS, SLICES, OF_SLICE, DEPTH, WIDE)
+            x3, raw3 = _columns(
+                x_ptr, factor_ptr, four + 3, M, K, stride_x, ROWS, SLICES, OF_SLICE, DEPTH, WIDE)
+            # fmt: on
+            squares = _stage(shared, four, x0, raw0, squares, OF_SLICE, NORM)
+            squares = _stage(shared, four + 1, x1, raw1, squares, OF_SLICE, NORM)
+            squares = _stage(shared, four + 2, x2, raw2, squares, OF_SLICE, NORM)
+            squares = _stage(shared, four + 3, x3, raw3, squares, OF_SLICE, NORM)
 
     acc = gl.zeros((TALL, 8), gl.float32, MMA)
     for turn in range(TURNS):
