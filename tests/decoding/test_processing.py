@@ -11,6 +11,7 @@ import torch
 from decoding_reference import law
 
 from skimp.decoding import PenaltyState, RowState, SamplingParams, process
+from skimp.decoding.process import nucleus, truncate
 
 V = 16
 EOS = (2,)
@@ -101,6 +102,38 @@ def test_filters_on_a_wide_vocabulary(scale: float, steps: int | None) -> None:
         np.testing.assert_allclose(
             got.numpy(), law(logits[0].tolist(), **kwargs), atol=1e-14, err_msg=str(kwargs)
         )
+
+
+@pytest.mark.parametrize("steps", [None, 4])
+def test_sorting_whole_rows_keeps_the_same(steps: int | None) -> None:
+    """What a GPU does, which waits for no number, against what the CPU does."""
+    generator = torch.Generator().manual_seed(7)
+    for vocab in (3, 50, 5000):
+        logits = torch.randn(60, vocab, generator=generator) * 3
+        if steps is not None:
+            logits = (logits * steps).round() / steps  # many ties
+        logits[torch.rand(logits.shape, generator=generator) < 0.1] = float("-inf")
+        logits[:, 1] = 0.5
+        r = random.Random(vocab)
+        params = [
+            SamplingParams(
+                temperature=r.choice([0.5, 1.0, 4.0]),
+                top_k=r.choice([0, 1, 2, 7, vocab, 6000]),
+                top_p=r.choice([1.0, 0.999, 0.9, 0.5, 1e-6]),
+            )
+            for _ in logits
+        ]
+        rows = [RowState(p, vocab_size=vocab, prompt_ids=[1], eos_ids=EOS) for p in params]
+        temperature = torch.tensor([[p.temperature] for p in params], dtype=torch.float64)
+        weights = ((logits.double() - logits.amax(1, keepdim=True)) / temperature).exp()
+        kept = nucleus(
+            weights,
+            logits,
+            torch.tensor([p.top_k or vocab for p in params]),
+            torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        )
+        truncate(weights, logits, rows)
+        assert torch.equal(kept, weights)
 
 
 def test_ties() -> None:

@@ -1,8 +1,8 @@
 """Draws that stay on the device: the next step reads them there before the host has seen them.
 
-Only what needs nothing of the host's knowledge is drawn so: greedy rows, and the plain law with a
-temperature and ``min_p``. The arithmetic is that of ``process`` and ``sampler``, without a question
-whose answer the host would have to wait for.
+Only what needs nothing of the host's knowledge is drawn so: greedy rows, and laws with a
+temperature, top-k, top-p and min-p. The arithmetic is that of ``process`` and ``sampler``, without
+a question whose answer the host would have to wait for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skimp.decoding.process import draw, inverse_temperature, judge, plain_weights
+from skimp.decoding.process import (
+    draw,
+    inverse_temperature,
+    judge,
+    to_device,
+    unwaited_weights,
+)
 from skimp.decoding.proposal import Accepted
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.decoding.rows import RowState
@@ -25,12 +31,7 @@ def deferrable(row: RowState, ahead: int) -> bool:
     params = row.params
     masked = row.end_ids and row.position + ahead < params.min_tokens
     touched = row.penalties is not None or params.logit_bias or row.bad_words or masked
-    return not (
-        touched
-        or row.allowed is not None
-        or params.logprobs is not None
-        or (params.temperature != 0.0 and params.has_filters)
-    )
+    return not (touched or row.allowed is not None or params.logprobs is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +80,12 @@ def draw_deferred(
         scales = np.array([inverse_temperature(row.params) for row in chosen])
         floors = np.array([row.params.min_p for row in chosen])
         device = logits.device
-        table = _to_device(np.stack((numbers, scales, floors)), device)
+        table = to_device(np.stack((numbers, scales, floors)), device)
         part, most, index = logits, top, None
         if len(sampled) < count:
-            index = _to_device(np.array(sampled, dtype=np.int64), device)
+            index = to_device(np.array(sampled, dtype=np.int64), device)
             part, most = logits[index], top[index]
-        weights = plain_weights(part, most, table[1], table[2])
+        weights = unwaited_weights(part, most, table[1], table[2], chosen)
         found = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1).to(tokens.dtype)
         tokens = found if index is None else tokens.index_copy(0, index, found)
     result = torch.stack((tokens.to(torch.int32), top.view(torch.int32)))
@@ -94,11 +95,3 @@ def draw_deferred(
     host.copy_(result, non_blocking=True)
     arrived.record()
     return DeferredDraws(host=host, arrived=arrived)
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """From pinned memory, because a copy from any other would wait for the device."""
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from skimp.decoding.rows import RowState
 
 _NEG_INF = float("-inf")
 _FIRST_WIDTH = 1024  # columns tried first: most nuclei are smaller
+_SORTED_ROWS = 64  # at a time on a GPU, some 30 bytes a logit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,22 +197,23 @@ def _weights(logits: Tensor, top: Tensor, rows: Sequence[RowState]) -> Tensor:
     scales = [inverse_temperature(row.params) for row in rows]
     scale = scales[0] if len(set(scales)) == 1 else _column(scales, logits)
     weights = _tempered(logits, top, scale)
-    filtered = [s for s, row in enumerate(rows) if row.params.has_filters]
-    if filtered:
-        _truncate(weights, logits, filtered, rows)
+    truncate(weights, logits, rows)
     if any(row.params.min_p > 0.0 for row in rows):
         # the largest weight is exactly 1, so the ratio to it is the weight
         weights.masked_fill_(weights < _column([row.params.min_p for row in rows], weights), 0.0)
     return weights
 
 
-def plain_weights(logits: Tensor, top: Tensor, scales: Tensor, min_p: Tensor) -> Tensor:
-    """Steps 4 and 7 of rows without top-k and top-p: float64 [S, V], like :class:`Processed`'s.
+def unwaited_weights(
+    logits: Tensor, top: Tensor, scales: Tensor, min_p: Tensor, rows: Sequence[RowState]
+) -> Tensor:
+    """Steps 4-7 as :class:`Processed` has them, float64 [S, V], without waiting for a GPU.
 
-    ``scales`` and ``min_p`` are float64 [S] on the device of the logits, which is never waited
-    for; ``scales`` are :func:`inverse_temperature`.
+    ``scales`` and ``min_p`` are float64 [S] on the device of the logits; ``scales`` are
+    :func:`inverse_temperature`.
     """
     weights = _tempered(logits, top, scales[:, None])
+    truncate(weights, logits, rows)
     return weights.masked_fill_(weights < min_p[:, None], 0.0)
 
 
@@ -231,7 +234,47 @@ def _column(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
 
 
-def _truncate(
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device, from pinned memory, because a copy from any other would wait for it."""
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def truncate(weights: Tensor, logits: Tensor, rows: Sequence[RowState]) -> None:
+    """Steps 5-6 on ``weights`` [S, V], in place, for the rows that ask for them."""
+    filtered = [s for s, row in enumerate(rows) if row.params.has_filters]
+    if not filtered:
+        return
+    if logits.device.type == "cpu":
+        _truncate_on_cpu(weights, logits, filtered, rows)
+        return
+    for first in range(0, len(filtered), _SORTED_ROWS):
+        some = filtered[first : first + _SORTED_ROWS]
+        params = [rows[s].params for s in some]
+        numbers = np.array([[p.top_k or logits.shape[1], p.top_p] for p in params])
+        table = to_device(numbers.T.copy(), logits.device)
+        index = to_device(np.array(some), logits.device)
+        kept = nucleus(weights[index], logits[index], table[0].long(), table[1])
+        weights.index_copy_(0, index, kept)
+
+
+def nucleus(weights: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """Steps 5-6 by sorting whole rows [F, V], where no value is known to the host.
+
+    ``top_k`` int64 [F], at least 1 (V or more: all), ``top_p`` float64 [F].
+    """
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # equals by their id
+    last = (top_k.clamp(max=logits.shape[1]) - 1)[:, None]
+    within = ordered >= ordered.gather(1, last)
+    mass = weights.gather(1, order).masked_fill_(~within, 0.0).cumsum(dim=-1)
+    before = torch.nn.functional.pad(mass[:, :-1], (1, 0))
+    within &= (before < top_p[:, None] * mass[:, -1:]) | (top_p >= 1.0)[:, None]
+    return weights.masked_fill_(~torch.empty_like(within).scatter_(1, order, within), 0.0)
+
+
+def _truncate_on_cpu(
     weights: Tensor, logits: Tensor, filtered: list[int], rows: Sequence[RowState]
 ) -> None:
     """Steps 5-6 in place. The largest ``width`` logits are sorted, all if they do not decide."""
@@ -257,8 +300,6 @@ def _truncate(
 
 def _largest(logits: Tensor, width: int) -> NDArray[np.float32]:
     """The ``width`` largest of each row of [F, V], descending, as numpy [F, width]."""
-    if logits.device.type != "cpu":
-        return logits.topk(width, dim=-1).values.cpu().numpy()
     # numpy's vector sorts are several times faster than torch.topk on a CPU
     values, start = logits.numpy(), logits.shape[1] - width
     if start > 0:
