@@ -245,26 +245,30 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
 def truncate(weights: Tensor, logits: Tensor, rows: Sequence[RowState]) -> None:
     """Steps 5-6 on ``weights`` [S, V], in place, for the rows that ask for them."""
     filtered = [s for s, row in enumerate(rows) if row.params.has_filters]
-    if not filtered:
-        return
-    if logits.device.type == "cpu":
-        _truncate_on_cpu(weights, logits, filtered, rows)
-        return
+    if filtered and logits.device.type == "cpu":
+        truncate_largest(weights, logits, filtered, rows)
+    elif filtered:
+        truncate_sorted(weights, logits, filtered, rows)
+
+
+def truncate_sorted(
+    weights: Tensor, logits: Tensor, filtered: list[int], rows: Sequence[RowState]
+) -> None:
+    """Steps 5-6 in place by sorting whole rows: no number is waited for."""
     for first in range(0, len(filtered), _SORTED_ROWS):
         some = filtered[first : first + _SORTED_ROWS]
         params = [rows[s].params for s in some]
-        numbers = np.array([[p.top_k or logits.shape[1], p.top_p] for p in params])
-        table = to_device(numbers.T.copy(), logits.device)
+        numbers = np.array(
+            [[p.top_k or logits.shape[1] for p in params], [p.top_p for p in params]]
+        )
+        table = to_device(numbers, logits.device)
         index = to_device(np.array(some), logits.device)
-        kept = nucleus(weights[index], logits[index], table[0].long(), table[1])
+        kept = _nucleus(weights[index], logits[index], table[0].long(), table[1])
         weights.index_copy_(0, index, kept)
 
 
-def nucleus(weights: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Steps 5-6 by sorting whole rows [F, V], where no value is known to the host.
-
-    ``top_k`` int64 [F], at least 1 (V or more: all), ``top_p`` float64 [F].
-    """
+def _nucleus(weights: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The weights [F, V] that are left; ``top_k`` int64 [F] from 1 on, ``top_p`` float64 [F]."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)  # equals by their id
     last = (top_k.clamp(max=logits.shape[1]) - 1)[:, None]
     within = ordered >= ordered.gather(1, last)
@@ -274,7 +278,7 @@ def nucleus(weights: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Te
     return weights.masked_fill_(~torch.empty_like(within).scatter_(1, order, within), 0.0)
 
 
-def _truncate_on_cpu(
+def truncate_largest(
     weights: Tensor, logits: Tensor, filtered: list[int], rows: Sequence[RowState]
 ) -> None:
     """Steps 5-6 in place. The largest ``width`` logits are sorted, all if they do not decide."""
