@@ -330,6 +330,25 @@ def test_a_configuration_of_ones_own_is_found(
     tuning._table.cache_clear()
 
 
+def test_a_kernel_that_cannot_run_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table's key says neither the dtype of the rows nor which kernels there were."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "_device", lambda index: ("hopper", 132))
+    problem = Problem(format="int4-g128", outputs=64, inputs=256, gated=False, few=False)
+    device = torch.device("cuda")
+    for kind in ("few", "gemv"):
+        tuning.save({problem.key("hopper", 1): Config(kind=kind)})  # type: ignore[arg-type]
+        tuning._table.cache_clear()
+        assert tuning.choose(problem, 1, device) == tuning.rule(problem, 1, 132)
+        assert tuning.choose(problem, 1, device).kind == "dot"
+    tuning.save({problem.key("hopper", 1): Config(kind="few")})
+    tuning._table.cache_clear()
+    assert tuning.choose(replace(problem, few=True), 1, device) == Config(kind="few")
+    tuning._table.cache_clear()
+
+
 def test_rules_are_among_what_can_run() -> None:
     for name in ("bfloat16", "int8", "int4-g128"):
         for n, k in ((128256, 4096), (28672, 4096), (1024, 3072), (40, 96)):

@@ -34,7 +34,7 @@ from skimp.kernels.triton.attention_kernels import (
     attention_kernel,
 )
 from skimp.kernels.triton.cached_heads import FULL, KINDS
-from skimp.kernels.triton.launch import use_pdl
+from skimp.kernels.triton.launch import multiprocessors, use_pdl
 from skimp.model.spec import AttentionSpec
 
 MOST_SPLITS = 64
@@ -125,7 +125,7 @@ def plan_attention(
     """
     group = spec.num_heads // spec.num_kv_heads
     padded = triton.next_power_of_2(spec.head_dim)
-    target = 2 * _multiprocessors(device)
+    target = 2 * multiprocessors(device)
     if spec.window is not None:
         context = min(context, spec.window + most_rows - 1)
     if deterministic:
@@ -442,16 +442,6 @@ def _shared(
     return replace(launch, splits=splits, least_blocks=least, lone_blocks=lone)
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return _count(device.index or 0) if device.type == "cuda" else 2
-
-
 @functools.cache
 def _converts_fp8() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
-
-
-@functools.cache
-def _count(index: int) -> int:
-    count: int = torch.cuda.get_device_properties(index).multi_processor_count
-    return count

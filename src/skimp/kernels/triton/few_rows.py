@@ -15,9 +15,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from skimp.kernels.triton import tuning
+from skimp.kernels.triton.launch import let_next_start, wait_for_inputs
 from skimp.kernels.triton.products import activate, panel_offset, starts_group, words_asm
 
-STAGED_BYTES = gl.constexpr(64 << 10)  # of rows in shared memory
+MOST_STAGED = gl.constexpr(tuning.STAGED_BYTES)
 MOST_UNROLLED = gl.constexpr(16)  # chunks of weights
 
 
@@ -116,19 +118,15 @@ def few_rows_kernel(
     if AHEAD > 2:
         w2 = _words(w_rows, start, 2, None, CHUNKS, EVEN)
         w3 = _words(w_rows, start, 3, None, CHUNKS, EVEN)
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r,r",
-            [gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))],
-            dtype=gl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
 
     column = gl.arange(0, 8, gl.SliceLayout(0, RIGHT))
     part_k = gl.arange(0, 32, gl.SliceLayout(1, RIGHT))
     x_start = column // ROWS * (OF_SLICE * DEPTH)
     x_columns = x_ptr + (column % ROWS).to(gl.int64) * stride_x + x_start
     NORM: gl.constexpr = factor_ptr is not None
-    STAGED: gl.constexpr = NORM or OF_SLICE * 16 * DEPTH <= STAGED_BYTES
+    STAGED: gl.constexpr = NORM or OF_SLICE * 16 * DEPTH <= MOST_STAGED
     if STAGED:
         SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
         shared = gl.allocate_shared_memory(gl.bfloat16, [OF_SLICE, 8, DEPTH], SHARED)
@@ -188,7 +186,6 @@ def few_rows_kernel(
                     w2 = later
                 else:
                     w3 = later
-            part = gl.zeros((TALL, 8), gl.float32, MMA)
             for i in gl.static_range(PER):
                 if STAGED:
                     x = shared.index(t).slice(i * 32, 32, 1).permute((1, 0)).load(RIGHT)

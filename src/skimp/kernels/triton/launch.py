@@ -1,4 +1,5 @@
-"""Programmatic dependent launch: a kernel starts while the one before it in the stream ends."""
+"""Programmatic dependent launch, where a kernel starts while the one before it in the stream ends,
+and the processors there are to launch on."""
 
 from __future__ import annotations
 
@@ -28,3 +29,12 @@ def let_next_start(PDL: tl.constexpr):
 def use_pdl(device: torch.device) -> bool:
     """It exists from compute capability 9 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a few elsewhere, where the interpreter runs the kernels."""
+    if device.type != "cuda":
+        return 2
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count

@@ -32,7 +32,14 @@ from skimp.kernels.triton.products import (
     gemv_kernel,
 )
 from skimp.kernels.triton.rows import expand, finish_rows, rms_norm, round_rows
-from skimp.kernels.triton.tuning import DETERMINISTIC, Config, Problem, bucket, choose
+from skimp.kernels.triton.tuning import (
+    DETERMINISTIC,
+    STAGED_BYTES,
+    Config,
+    Problem,
+    bucket,
+    choose,
+)
 
 try:
     from skimp.kernels.triton.few_rows import few_rows_kernel
@@ -42,7 +49,6 @@ except ImportError:  # a Triton without Gluon, or with another one
 ACTIVATIONS = {None: NONE, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH}
 PER = {DENSE: 1, INT8: 2, INT4: 4, FP8: 2}  # values in an int16 word
 FUSED_NORM_ROWS = 16  # more rows are normed once, before the product
-FUSED_NORM_BYTES = 64 << 10  # of normed rows in shared memory
 TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -405,7 +411,7 @@ def _product(
 
 def _fuses_norm(config: Config, rows: int, inputs: int) -> bool:
     if config.kind == "few":  # eight bfloat16 columns of a slice's inputs
-        return 16 * inputs // config.split <= FUSED_NORM_BYTES
+        return 16 * inputs // config.split <= STAGED_BYTES
     return config.kind == "gemv" or (config.kind == "dot" and rows <= FUSED_NORM_ROWS)
 
 

@@ -20,8 +20,10 @@ import torch
 import triton
 
 from skimp.cost.machine import cache_dir
+from skimp.kernels.triton.launch import multiprocessors
 
 GEMV_ROWS = 4
+STAGED_BYTES = 64 << 10  # of rows that few holds in shared memory
 FEW_ROWS = 8  # columns of the tensor cores' right operand: rows times slices of K in few
 MANY = 256  # stands for every number of rows above 128
 REPEATS = 9
@@ -55,6 +57,13 @@ class Problem:
     def dense(self) -> bool:
         return self.format in ("bfloat16", "float16", "float32")
 
+    def takes(self, kind: str, rows: int) -> bool:
+        """Whether such a kernel can multiply so many rows. A table's key does not say all of it:
+        not what the rows' dtype is, nor whether this Triton has Gluon."""
+        if kind == "gemv":
+            return self.dense and rows <= GEMV_ROWS
+        return kind != "few" or (self.few and rows <= FEW_ROWS)
+
     def key(self, family: str, rows: int) -> str:
         gated = " gated" if self.gated else ""
         return f"{family} {self.format} {self.outputs}x{self.inputs}{gated} {bucket(rows)}"
@@ -75,7 +84,9 @@ def choose(problem: Problem, rows: int, device: torch.device) -> Config:
         return rule(problem, rows, 4)
     family, processors = _device(device.index or 0)
     found = _table().get(problem.key(family, rows))
-    return rule(problem, rows, processors) if found is None else found
+    if found is None or not problem.takes(found.kind, rows):
+        return rule(problem, rows, processors)
+    return found
 
 
 def rule(problem: Problem, rows: int, processors: int) -> Config:
@@ -83,9 +94,9 @@ def rule(problem: Problem, rows: int, processors: int) -> Config:
     rows = bucket(rows)
     if rows >= (64 if problem.dense else MANY):
         return Config(kind="library")
-    if problem.few and rows <= 2:
+    if problem.takes("few", rows) and rows <= 2:
         return _few_rule(problem, rows, processors)
-    if problem.dense and rows <= GEMV_ROWS:
+    if problem.takes("gemv", rows):
         return _gemv_rule(problem, rows, processors)
     return _dot_rule(problem, rows, processors)
 
@@ -132,9 +143,9 @@ def seeds(problem: Problem, rows: int, processors: int) -> list[Config]:
         found.append(_dot_rule(problem, rows, processors))
     if found[0].kind != "library" and rows >= 16:
         found.append(Config(kind="library"))
-    if found[0].kind != "few" and problem.few and rows <= FEW_ROWS:
+    if found[0].kind != "few" and problem.takes("few", rows):
         found.append(_few_rule(problem, rows, processors))
-    if found[0].kind != "gemv" and problem.dense and rows <= GEMV_ROWS:
+    if found[0].kind != "gemv" and problem.takes("gemv", rows):
         found.append(_gemv_rule(problem, rows, processors))
     return found
 
@@ -303,8 +314,8 @@ def device_family(name: str) -> str:
 
 @functools.cache
 def _device(index: int) -> tuple[str, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return device_family(properties.name), properties.multi_processor_count
+    name = torch.cuda.get_device_name(index)
+    return device_family(name), multiprocessors(torch.device("cuda", index))
 
 
 @functools.cache
