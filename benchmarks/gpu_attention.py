@@ -11,9 +11,11 @@ pairs. "dense" is torch's own attention on contiguous heads, without append, whe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import itertools
+import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -81,14 +83,18 @@ SMALL, MIDDLE, TINY, WIDE = (16, 8, 128), (32, 8, 128), (14, 2, 64), (8, 4, 256)
 CASES = (
     *(Case(heads=SMALL, seqs=1, rows=1, context=n) for n in (128, 512, 2048, 32768)),
     *(Case(heads=SMALL, seqs=n, rows=1, context=m) for n, m in ((16, 128), (16, 1024), (64, 2048))),
+    *(Case(heads=SMALL, seqs=n, rows=1, context=1024) for n in (32, 128)),
+    Case(heads=MIDDLE, seqs=1, rows=1, context=128),
+    *(Case(heads=MIDDLE, seqs=n, rows=1, context=1024) for n in (8, 16, 32, 64, 128)),
+    Case(heads=MIDDLE, seqs=1, rows=1, context=8192),
     *(Case(heads=h, seqs=16, rows=1, context=8192) for h in (SMALL, MIDDLE, TINY, WIDE)),
     Case(heads=SMALL, seqs=16, rows=1, context=16384, spread=True),
-    Case(heads=TINY, seqs=1, rows=1, context=128),
+    *(Case(heads=TINY, seqs=n, rows=1, context=m) for n, m in ((1, 128), (128, 1024))),
     Case(heads=WIDE, seqs=1, rows=1, context=4096, window=512),
     *(
         Case(heads=SMALL, seqs=n, rows=1, context=m, format=f, recent=64 if f == "int4" else 0)
         for f in ("int8", "fp8", "int4")
-        for n, m in ((1, 128), (1, 32768), (16, 8192))
+        for n, m in ((1, 128), (1, 32768), (16, 8192), (128, 1024))
     ),
     Case(heads=SMALL, seqs=4, rows=1, context=2048, deterministic=True),
     Case(heads=SMALL, seqs=1, rows=5, context=8192),
@@ -107,15 +113,19 @@ CASES = (
     Case(heads=SMALL, seqs=1, rows=4096, context=4096, deterministic=True),
     Case(heads=SMALL, seqs=1, rows=1024, context=1024, dtype=torch.float32),
 )
-GENERATE_SWEEP = (
-    *((64, 4, s) for s in (3, 5, 7)),
-    *((32, 4, s) for s in (5, 7, 9)),
-    *((128, 8, s) for s in (3, 5)),
-    (128, 4, 3),
-    (128, 4, 5),
-    (64, 8, 5),
-    (64, 2, 5),
-    (32, 2, 7),
+GENERATE_SWEEP = tuple(
+    (n, warps, stages, held)
+    for n, warps, stages, most in (
+        (32, 4, 3, 6),
+        (32, 4, 4, 4),
+        (64, 4, 3, 3),
+        (64, 4, 4, 2),
+        (64, 8, 3, 3),
+        (128, 4, 2, 3),
+        (128, 8, 2, 3),
+    )
+    for held in (1, 2, 3, 4, 6)
+    if held <= most
 )
 SHARES_SWEEP = ((1, 1), (1, 2), (2, 4), (2, 8), (4, 4), (4, 8))  # least, lone blocks
 PREFILL_SWEEP = (
@@ -247,6 +257,7 @@ class Bench:
             context=self.case.context,
             device=DEVICE,
             dtype=self.case.dtype,
+            low_bit=self.case.format is not None,
             **options,  # type: ignore[arg-type]
         )
 
@@ -322,13 +333,20 @@ def _time(calls: list[Callable[[], Tensor]]) -> float:
     return statistics.median(times[2:])
 
 
-def _variants(case: Case, bench: Bench) -> Iterator[tuple[str, dict[str, object]]]:
+def _plans(bench: Bench, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, object]]]:
+    """What to try of a case, and its name."""
+    yield "default", {}
+    if not options.sweep:
+        return
+    case = bench.case
     group = case.heads[0] // case.heads[1]
     if case.kind == "generate" and not case.deterministic:
         m = max(16, triton.next_power_of_2(group))
-        for n, warps, stages in GENERATE_SWEEP:
-            tile = Tile(block_m=m, block_n=n, warps=warps, stages=stages)
-            yield f"{n} keys, {warps} warps, {stages} stages", {"few": tile}
+        for n, warps, stages, held in GENERATE_SWEEP:
+            tile = Tile(block_m=m, block_n=n, warps=warps, stages=stages, per_processor=held)
+            yield f"{n} keys, {warps} warps, {stages} stages, {held} a processor", {"few": tile}
+        if options.tiles:
+            return
         for least, lone in SHARES_SWEEP:
             yield f"least {least}, lone {lone}", {"least_blocks": least, "lone_blocks": lone}
         default = bench.plan().splits
@@ -345,6 +363,15 @@ def _variants(case: Case, bench: Bench) -> Iterator[tuple[str, dict[str, object]
             yield f"{splits} splits", {"splits": splits}
 
 
+def _compile(case: Case, options: argparse.Namespace, part: int, parts: int) -> None:
+    """Fill Triton's cache on disk with a part of what a case will try."""
+    bench = Bench(case)
+    for index, (_, chosen) in enumerate(_plans(bench, options)):
+        if index % parts == part:
+            with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                bench.call(bench.plan(**chosen))
+
+
 def _line(name: str, what: str, us: float, bench: Bench, error: float | None, dense: str) -> str:
     h, _, d = bench.case.heads
     flops = 4 * d * h * bench.pairs()
@@ -358,10 +385,22 @@ def _line(name: str, what: str, us: float, bench: Bench, error: float | None, de
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="", help="cases whose kind or name contains this")
+    parser.add_argument("--only", default="", help="parts of kinds or names of cases, between ;")
     parser.add_argument("--sweep", action="store_true", help="other tiles and splits, too")
+    parser.add_argument("--tiles", action="store_true", help="of a sweep only the tiles")
+    parser.add_argument("--compile", type=int, default=0, help="processes that compile it first")
     options = parser.parse_args()
     torch.manual_seed(0)
+    cases = [
+        case
+        for case in CASES
+        if any(part in f"{case.kind} {case.name}" for part in options.only.split(";"))
+    ]
+    if options.compile:
+        parts = 4 if options.sweep else 1
+        work = [(case, options, i, parts) for case in cases for i in range(parts)]
+        with multiprocessing.get_context("spawn").Pool(options.compile) as pool:
+            pool.starmap(_compile, work, chunksize=1)
     lines = [
         "# Paged attention on a GPU",
         "",
@@ -377,14 +416,9 @@ def main() -> int:
     ]
     print("\n".join(lines), flush=True)
     failed = False
-    for case in CASES:
-        if options.only not in f"{case.kind} {case.name}":
-            continue
+    for case in cases:
         bench = Bench(case)
-        plans: list[tuple[str, dict[str, object]]] = [("default", {})]
-        if options.sweep:
-            plans += _variants(case, bench)
-        for what, chosen in plans:
+        for what, chosen in _plans(bench, options):
             try:
                 plan = bench.plan(**chosen)
                 error = bench.error(plan)

@@ -283,6 +283,18 @@ def test_deterministic_rows(fields: dict, format: str | None, recent: int) -> No
         assert torch.equal(torch.cat((first, second, third, last)), whole)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter would take minutes")
+def test_deterministic_rows_of_large_steps() -> None:
+    """More rows than those for which the tiles of norms once changed."""
+    spec = attention(128, qk_norm=True, rope=rope(128))
+    twins = Twins(spec, [600, 200], dtype=torch.bfloat16)
+    options = {"deterministic": True, "few": None}
+    whole = twins.found([(1, 0, 200), (0, 0, 600)], **options)[200:]
+    twins.arena = twins.nothing.to(DEVICE)
+    chunks = [twins.found([(0, a, b - a)], **options) for a, b in ((0, 9), (9, 310), (310, 600))]
+    assert torch.equal(torch.cat(chunks), whole)
+
+
 def test_nothing_but_the_step_is_written() -> None:
     twins = Twins(attention(64), [20])
     twins.found([(0, 0, 5)])

@@ -26,13 +26,8 @@ from torch import Tensor
 from skimp.cache.formats import hadamard_block
 from skimp.kernels.ops import AttentionParams, LayerCache, StepInputs
 from skimp.kernels.triton import vendor
-from skimp.kernels.triton.attention_kernels import (
-    ONE_ROW,
-    ONE_TILE,
-    SEARCH,
-    append_kernel,
-    attention_kernel,
-)
+from skimp.kernels.triton.append import append_kernel
+from skimp.kernels.triton.attention_kernels import ONE_ROW, ONE_TILE, SEARCH, attention_kernel
 from skimp.kernels.triton.cached_heads import FULL, KINDS
 from skimp.kernels.triton.launch import multiprocessors, use_pdl
 from skimp.model.spec import AttentionSpec
@@ -45,12 +40,14 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
-    """A program's block: query rows times heads, keys, and how it is compiled."""
+    """A program's block: query rows times heads, keys, and how it is compiled; ``per_processor``
+    programs of it are to run on a multiprocessor at a time."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    per_processor: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +65,7 @@ class Launch:
     splits: int = 1
     least_blocks: int = 2
     lone_blocks: int = 4
+    target: int = 1  # programs that fill the GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,6 @@ class AttentionPlan:
     deterministic: bool
     fused: bool
     launches: tuple[Launch, ...]
-    target: int  # programs that fill the GPU
     whole: tuple[int, ...] = ()  # first rows of prompts that PyTorch's kernel takes, then the end
     partial: Tensor | None = field(default=None, compare=False, repr=False)
     levels: Tensor | None = field(default=None, compare=False, repr=False)
@@ -107,6 +104,7 @@ def plan_attention(
     dtype: torch.dtype = torch.bfloat16,
     deterministic: bool = False,
     fused: bool = True,
+    low_bit: bool = False,
     whole: tuple[int, ...] = (),
     splits: int | None = None,
     least_blocks: int | None = None,
@@ -118,14 +116,14 @@ def plan_attention(
 
     ``whole`` are the first rows of the sequences, then their end, if all are causal prompts from
     position 0: PyTorch's own kernel then attends where it can. ``most_rows`` bounds the rows of
-    one sequence, ``context`` any ``kv_end``; with ``most_rows``
-    1, row i is a sequence of its own. ``dtype`` is that of the arithmetic. It allocates: call it
-    outside of a graph's capture, and keep the plan as long as the graph. The other arguments are
-    for tuning.
+    one sequence, ``context`` any ``kv_end``; with ``most_rows`` 1, row i is a sequence of its own.
+    ``dtype`` is that of the arithmetic, ``low_bit`` says that the cache's is narrower. It
+    allocates: call it outside of a graph's capture, and keep the plan as long as the graph. The
+    other arguments are for tuning.
     """
     group = spec.num_heads // spec.num_kv_heads
     padded = triton.next_power_of_2(spec.head_dim)
-    target = 2 * multiprocessors(device)
+    processors = multiprocessors(device)
     if spec.window is not None:
         context = min(context, spec.window + most_rows - 1)
     if deterministic:
@@ -134,7 +132,15 @@ def plan_attention(
         launches = [Launch(mode=SEARCH, tile=tile, tiles=rows // per_tile + num_seqs)]
         fused = False
     else:
-        few = few or _few_tile(padded, dtype, group)
+        alone = rows if most_rows == 1 else num_seqs
+        few = few or _few_tile(
+            padded,
+            dtype,
+            group,
+            owners=alone * spec.num_kv_heads,
+            processors=processors,
+            low_bit=low_bit,
+        )
         per_tile = few.block_m // group
         launches = []
         if not vendor.serves(spec, dtype, device):
@@ -159,7 +165,7 @@ def plan_attention(
             least_blocks,
             lone_blocks,
             kv_heads=spec.num_kv_heads,
-            target=target,
+            processors=processors,
             context=context,
             most=min(MOST_SPLITS, MOST_SUMMED // padded),
         )
@@ -183,7 +189,6 @@ def plan_attention(
         deterministic=deterministic,
         fused=fused,
         launches=tuple(planned),
-        target=target,
         whole=() if deterministic else whole,
         **scratch,
     )
@@ -214,6 +219,8 @@ def paged_attention(
         width = qkv.shape[1] if plan.whole else layer.q_dim
         q = torch.empty((rows, width), dtype=layer.dtype, device=qkv.device)
         block = 1 if rows <= 16 else 4 if rows <= 512 else 16
+        if plan.deterministic:
+            block = 4  # how many there are decides in what order a norm's squares are added
         append_kernel[(-(-rows // block), layer.heads)](
             qkv,
             q,
@@ -268,7 +275,7 @@ def paged_attention(
             rows,
             plan.num_seqs,
             launch.least_rows,
-            plan.target,
+            launch.target,
             q_stride,
             *strides,
             **layer.constants,
@@ -384,14 +391,29 @@ def _vector_elements(cache: LayerCache) -> int:
     return {None: dim, "int4": dim // 2 + 2}.get(cache.spec.format, dim + 2)
 
 
-def _few_tile(padded: int, dtype: torch.dtype, group: int) -> Tile:
+def _few_tile(
+    padded: int,
+    dtype: torch.dtype,
+    group: int,
+    *,
+    owners: int,
+    processors: int,
+    low_bit: bool,
+) -> Tile:
+    """``owners``: programs there are before keys are split. As measured on an H200: large blocks
+    are read quickest where programs are few; where they are many, several small ones on a
+    multiprocessor hide each other's beginnings and ends."""
     block_m = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
         return Tile(block_m=block_m, block_n=32, warps=4, stages=2)
     if padded >= 256:
-        return Tile(block_m=block_m, block_n=32, warps=4, stages=5)
-    # 94 % of a device copy at 16 sequences of 8,192 tokens on an H200, where 64 keys gave 70 %.
-    return Tile(block_m=block_m, block_n=128, warps=4, stages=3)
+        return Tile(block_m=block_m, block_n=32, warps=4, stages=3, per_processor=3)
+    if low_bit or owners <= processors:
+        return Tile(block_m=block_m, block_n=128, warps=4, stages=2)
+    if owners < 3 * processors:
+        warps = 8 if padded == 128 else 4
+        return Tile(block_m=block_m, block_n=64, warps=warps, stages=3, per_processor=1)
+    return Tile(block_m=block_m, block_n=32, warps=4, stages=3, per_processor=3)
 
 
 def _many_tile(padded: int, dtype: torch.dtype, group: int, lanes: int) -> Tile:
@@ -420,18 +442,19 @@ def _shared(
     lone: int | None,
     *,
     kv_heads: int,
-    target: int,
+    processors: int,
     context: int,
     most: int,
 ) -> Launch:
-    """The launch with its keys in shares, so that ``target`` programs run where that helps."""
+    """The launch with its keys in shares, so that the GPU is filled where that helps."""
+    target = launch.tile.per_processor * processors
     large = launch.tile.block_m > 64
     least = least or (8 if large else 2)
     lone = lone or 2 * least
     if splits is None:
         owners = launch.tiles * kv_heads
-        if large:  # one program fills a multiprocessor
-            splits = min(4, target // 2 // owners)
+        if large:
+            splits = min(4, target // owners)
         elif owners < target:
             # Twice as many places where lengths may differ.
             splits = target // owners if launch.tiles == 1 else -(-2 * target // owners)
@@ -439,7 +462,7 @@ def _shared(
             splits = 1
         blocks = -(-context // launch.tile.block_n)
         splits = 1 if blocks <= lone else max(1, min(splits, -(-blocks // least), most))
-    return replace(launch, splits=splits, least_blocks=least, lone_blocks=lone)
+    return replace(launch, splits=splits, least_blocks=least, lone_blocks=lone, target=target)
 
 
 @functools.cache

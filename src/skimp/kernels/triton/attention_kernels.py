@@ -1,4 +1,4 @@
-"""The two attention kernels: one prepares and stores heads, one attends; or the latter does both.
+"""The kernel that attends, and where rows are single also prepares and stores heads.
 
 Shape legend: R rows, H query heads, G key-value heads, D head size and DP its power of two. A tile
 holds ROWS rows of one sequence times the GROUP query heads of one key-value head, so keys are read
@@ -12,8 +12,8 @@ import triton.language as tl
 
 from skimp.kernels.triton.cached_heads import (
     load_heads,
+    pages_of,
     prepared,
-    prepared_heads,
     raw_heads,
     slots,
     store_heads,
@@ -23,99 +23,6 @@ from skimp.kernels.triton.launch import let_next_start, wait_for_inputs
 
 # How a program finds its rows.
 ONE_ROW, ONE_TILE, SEARCH = 0, 1, 2
-
-
-@triton.jit(do_not_specialize=["rows"])
-def append_kernel(
-    qkv_ptr,
-    q_ptr,
-    out_ptr,
-    arena_ptr,
-    scales_ptr,
-    table_ptr,
-    recent_ptr,
-    recent_table_ptr,
-    positions_ptr,
-    row_seq_ptr,
-    q_factor_ptr,
-    k_factor_ptr,
-    cos_ptr,
-    sin_ptr,
-    rows,
-    qkv_stride,
-    table_stride,
-    recent_stride,
-    offset,
-    recent_offset,
-    EPS: tl.constexpr,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    NORM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    TURN: tl.constexpr,
-    ROOT: tl.constexpr,
-    KIND: tl.constexpr,
-    RECENT: tl.constexpr,
-    PAGE: tl.constexpr,
-    ITEM: tl.constexpr,
-    PLANE: tl.constexpr,
-    ALL: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """One head of BLOCK_R rows: queries go to ``q``, keys and values to the cache and, if ALL, to
-    ``q`` as well, whose rows then are as wide as those of ``qkv``."""
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    head = tl.program_id(1)
-    dims = tl.arange(0, DP)
-    inside = row < rows
-    position = tl.load(positions_ptr + row, mask=inside, other=-1)
-    ok = position >= 0
-    wide = row.to(tl.int64)
-    if head < H:
-        x = prepared_heads(
-            qkv_ptr, wide * qkv_stride + head * D, position, ok, q_factor_ptr, cos_ptr, sin_ptr,
-            EPS, D, DP, NORM, ROTARY, INTERLEAVED,
-        )  # fmt: skip
-        if TURN:
-            x = turned(x, BLOCK_R, D, DP, ROOT)
-        real = (dims < D)[None, :]
-        width: tl.constexpr = (H + 2 * G if ALL else H) * D
-        to = (wide * width + head * D)[:, None] + dims[None, :]
-        tl.store(q_ptr + to, x.to(q_ptr.dtype.element_ty), mask=ok[:, None] & real)
-        to = (wide * (H * D) + head * D)[:, None] + dims[None, :]
-        zeros = tl.zeros((BLOCK_R, DP), out_ptr.dtype.element_ty)
-        tl.store(out_ptr + to, zeros, mask=(inside & (position < 0))[:, None] & real)
-    else:
-        vector = head - H  # of [2, kv_heads]
-        start = wide * qkv_stride + head * D
-        if head < H + G:
-            x = prepared_heads(
-                qkv_ptr, start, position, ok, k_factor_ptr, cos_ptr, sin_ptr,
-                EPS, D, DP, NORM, ROTARY, INTERLEAVED,
-            )  # fmt: skip
-        else:
-            x = prepared_heads(
-                qkv_ptr, start, position, ok, k_factor_ptr, cos_ptr, sin_ptr,
-                EPS, D, DP, False, 0, False,
-            )  # fmt: skip
-        if TURN:
-            x = turned(x, BLOCK_R, D, DP, ROOT)
-        if ALL:
-            to = (wide * ((H + 2 * G) * D) + head * D)[:, None] + dims[None, :]
-            tl.store(
-                q_ptr + to, x.to(q_ptr.dtype.element_ty), mask=ok[:, None] & (dims < D)[None, :]
-            )
-        seq = tl.load(row_seq_ptr + row, mask=ok, other=0).to(tl.int64)
-        table = table_ptr + seq * table_stride
-        at, scale_at = slots(table, position, ok, offset, vector, KIND, D, PAGE, ITEM)
-        store_heads(x, arena_ptr, scales_ptr, at, scale_at, ok, BLOCK_R, KIND, D, DP)
-        if RECENT > 0:
-            table = recent_table_ptr + seq * recent_stride
-            at, scale_at = slots(table, position, ok, recent_offset, vector, 0, D, PAGE, ITEM)
-            store_heads(x, recent_ptr, scales_ptr, at, scale_at, ok, BLOCK_R, 0, D, DP)
 
 
 @triton.jit
@@ -142,6 +49,14 @@ def _score(raw, QK_SCALE: tl.constexpr, CAP: tl.constexpr):
         return (CAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + power))
     else:
         return raw * (QK_SCALE * 1.4426950408889634)
+
+
+@triton.jit
+def _in_share(keys, low, stop, skip, SKIP: tl.constexpr):
+    ok = (keys < stop) & (keys >= low)
+    if SKIP:
+        ok = ok & (keys != skip)
+    return ok
 
 
 @triton.jit
@@ -178,28 +93,36 @@ def _over_keys(
     """Online softmax (Milakov & Gimelshein 2018) over the keys [start, stop). Not ``MASKED``:
     every row sees every one of them, and they are whole blocks."""
     columns = tl.arange(0, BLOCK_N)
+    if MASKED:
+        ok = _in_share(start + columns, tile_low, stop, skip, SKIP)
+    else:
+        ok = None
+    pages = pages_of(table, start + columns, ok, PAGE)
     for first in tl.range(start, stop, BLOCK_N):
         keys = first + columns
+        at, scale_at = slots(pages, keys, offset, head, KIND, D, PAGE, ITEM)
+        here = ok
+        # A block's pages are asked for one block early: a load whose place is still to be loaded
+        # would be issued later than the stages allow.
+        later = keys + BLOCK_N
         if MASKED:
-            ok = (keys < stop) & (keys >= tile_low)
-            if SKIP:
-                ok = ok & (keys != skip)
+            ok = _in_share(later, tile_low, stop, skip, SKIP)
+            pages = pages_of(table, later, ok, PAGE)
         else:
-            ok = None
-        at, scale_at = slots(table, keys, ok, offset, head, KIND, D, PAGE, ITEM)
-        k = load_heads(arena_ptr, at, ok, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
+            pages = pages_of(table, later, later < stop, PAGE)
+        k = load_heads(arena_ptr, at, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
         raw = tl.dot(q, tl.trans(k), input_precision="ieee")
         if KIND > 0:
             if MASKED:
-                k_scale = tl.load(scales_ptr + scale_at, mask=ok, other=0.0)
-                v_scale = tl.load(scales_ptr + scale_at + PLANE // 2, mask=ok, other=0.0)
+                k_scale = tl.load(scales_ptr + scale_at, mask=here, other=0.0)
+                v_scale = tl.load(scales_ptr + scale_at + PLANE // 2, mask=here, other=0.0)
             else:
                 k_scale = tl.load(scales_ptr + scale_at)
                 v_scale = tl.load(scales_ptr + scale_at + PLANE // 2)
             raw = raw * k_scale.to(tl.float32)[None, :]
         scores = _score(raw, QK_SCALE, CAP)
         if MASKED:
-            seen = ok[None, :] & (keys[None, :] < row_end[:, None])
+            seen = here[None, :] & (keys[None, :] < row_end[:, None])
             if LOWER:
                 seen = seen & (keys[None, :] >= row_low[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -210,7 +133,7 @@ def _over_keys(
         shrink = tl.exp2(peak - level)
         total = total * shrink + tl.sum(weights, 1)
         peak = new_peak
-        v = load_heads(arena_ptr, at + PLANE, ok, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
+        v = load_heads(arena_ptr, at + PLANE, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
         if KIND > 0:
             weights = weights * v_scale.to(tl.float32)[None, :]
         acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -433,7 +356,9 @@ def attention_kernel(
     if PDL and KIND == 0:
         # Keys and values of earlier steps are on their way while the kernel before ends.
         near = start + tl.arange(0, BLOCK_N)
-        near_at, _ = slots(table, near, near < stop, offset, head, KIND, D, PAGE, ITEM)
+        near_at, _ = slots(
+            pages_of(table, near, near < stop, PAGE), near, offset, head, KIND, D, PAGE, ITEM
+        )
         _prefetch(arena_ptr + near_at, D, ITEM)
         _prefetch(arena_ptr + near_at + PLANE, D, ITEM)
     wait_for_inputs(PDL)  # all that was read so far the host has sent
@@ -475,16 +400,17 @@ def attention_kernel(
             if TURN:
                 k = turned(k, 1, D, DP, ROOT)
                 v = turned(v, 1, D, DP, ROOT)
-            at, scale_at = slots(table, here, one == 0, offset, head, KIND, D, PAGE, ITEM)
+            at, scale_at = slots(
+                pages_of(table, here, one == 0, PAGE), here, offset, head, KIND, D, PAGE, ITEM
+            )
             new_k = store_heads(k, arena_ptr, scales_ptr, at, scale_at, one == 0, 1, KIND, D, DP)
             new_v = store_heads(
                 v, arena_ptr, scales_ptr, at + PLANE, scale_at + PLANE // 2, one == 0,
                 1, KIND, D, DP,
             )  # fmt: skip
             if RECENT > 0:
-                at, scale_at = slots(
-                    recent_table, here, one == 0, recent_offset, head, 0, D, PAGE, ITEM
-                )
+                pages = pages_of(recent_table, here, one == 0, PAGE)
+                at, scale_at = slots(pages, here, recent_offset, head, 0, D, PAGE, ITEM)
                 new_k = store_heads(k, recent_ptr, scales_ptr, at, scale_at, one == 0, 1, 0, D, DP)
                 new_v = store_heads(
                     v, recent_ptr, scales_ptr, at + G * PAGE * D, scale_at, one == 0, 1, 0, D, DP

@@ -192,10 +192,18 @@ def rounded(x, KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def pages_of(table, tokens, ok, PAGE: tl.constexpr):
+    """The pages that tokens lie in, where ok; ``table`` points at their sequence's pages."""
+    if ok is None:
+        return tl.load(table + tokens // PAGE)
+    else:
+        return tl.load(table + tokens // PAGE, mask=ok, other=0)
+
+
+@triton.jit
 def slots(
-    table,
+    pages,
     tokens,
-    ok,
     offset,
     vector,
     KIND: tl.constexpr,
@@ -204,11 +212,8 @@ def slots(
     ITEM: tl.constexpr,
 ):
     """Where each token's vector begins, in elements (codes: bytes), and where its scale lies, in
-    bfloat16s. ``table`` points at its sequence's pages; ``vector`` counts [2, kv_heads]."""
-    if ok is None:
-        page = tl.load(table + tokens // PAGE).to(tl.int64)
-    else:
-        page = tl.load(table + tokens // PAGE, mask=ok, other=0).to(tl.int64)
+    bfloat16s. ``vector`` counts [2, kv_heads]."""
+    page = pages.to(tl.int64)
     token = tokens % PAGE
     if KIND == 0:
         at = page * (64 // ITEM) + (offset + vector * (PAGE * D) + token * D)

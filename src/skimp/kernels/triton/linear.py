@@ -299,7 +299,7 @@ def linear(
         for segment in matrix.segments:
             part = y[:, segment.start : segment.start + segment.outputs]
             _product(source, segment, part, False, NONE, deterministic, pdl)
-        finish_rows(y, out, activation=act, halves=True, add=residual is not None)
+        finish_rows(y, out, activation=act, halves=True, add=residual is not None, pdl=pdl)
         return out
     for segment in matrix.segments:
         part = out
@@ -361,7 +361,7 @@ def _product(
     else:
         x = source.normed()
     if config.kind == "library":
-        _library(x, row_scale, segment, out, add, activation)
+        _library(x, row_scale, segment, out, add, activation, pdl)
         return
     residual, target = (out, None) if add else (None, out)
     factor = source.factor if fuse else None
@@ -422,16 +422,32 @@ def _library(
     out: Tensor,
     add: bool,
     activation: int,
+    pdl: bool,
 ) -> None:
     weight = segment.expanded(x.dtype)
     scale = None if segment.group else segment.scale
-    bare = scale is None and row_scale is None and segment.bias is None
-    if bare and not add and activation == NONE and out.dtype == x.dtype:
-        torch.mm(x, weight.T, out=out)
-        return
+    if scale is None and row_scale is None and segment.bias is None and activation == NONE:
+        # cuBLAS itself adds to the residual, or leaves its sums as they are.
+        wider = x.is_cuda and out.dtype == torch.float32 != x.dtype
+        if wider and add:
+            torch.addmm(out, x, weight.T, out_dtype=torch.float32, out=out)
+            return
+        if wider:
+            torch.mm(x, weight.T, out_dtype=torch.float32, out=out)
+            return
+        if out.dtype == x.dtype and not add:
+            torch.mm(x, weight.T, out=out)
+            return
     y = F.linear(x, weight)
     finish_rows(
-        y, out, scale=scale, row_scale=row_scale, bias=segment.bias, activation=activation, add=add
+        y,
+        out,
+        scale=scale,
+        row_scale=row_scale,
+        bias=segment.bias,
+        activation=activation,
+        add=add,
+        pdl=pdl,
     )
 
 

@@ -111,6 +111,7 @@ class TritonOps:
                 device=qkv.device,
                 dtype=getattr(torch, params.cache.spec.dtype),
                 deterministic=self.deterministic,
+                low_bit=low_bit,
                 whole=() if low_bit else step.bounds.whole,
             )
         return plan

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from skimp.kernels.triton.launch import let_next_start, wait_for_inputs
 from skimp.kernels.triton.products import activate, decode_wide, panel_offset
 
 ROUNDINGS: dict[str | None, int] = {None: 0, "int8": 1, "fp8": 2}
@@ -38,9 +39,8 @@ def _norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     ok = k < K
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
     y = tl.load(x_ptr + row * stride_x + k, mask=ok, other=0.0).to(tl.float32)
     if factor_ptr is not None:
         y *= tl.rsqrt(tl.sum(y * y, 0) / K + eps)
@@ -74,9 +74,11 @@ def _scaled(y_ptr, scale_ptr, bias_ptr, row_scale, columns, ok):
 def _finish_kernel(
     y_ptr, scale_ptr, row_scale_ptr, bias_ptr, residual_ptr, out_ptr,
     N, stride_y, stride_residual, stride_out,
-    ACTIVATION: tl.constexpr, HALVES: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr, HALVES: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    let_next_start(PDL)
+    wait_for_inputs(PDL)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = columns < N
     row_scale = 1.0
@@ -192,6 +194,7 @@ def finish_rows(
     activation: int = 0,
     halves: bool = False,
     add: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Scales, bias and activation after a product ``y``, into ``out`` or, if ``add``, on top of
     it. Gate and up lie in turns or, if ``halves``, one after the other."""
@@ -200,7 +203,8 @@ def finish_rows(
     _finish_kernel[(rows, triton.cdiv(n, block))](
         y, scale, row_scale, bias, out if add else None, None if add else out,
         n, y.stride(0), out.stride(0), out.stride(0),
-        ACTIVATION=activation, HALVES=halves, BLOCK_N=block, num_warps=4,
+        ACTIVATION=activation, HALVES=halves, BLOCK_N=block, PDL=pdl, num_warps=4,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
