@@ -28,7 +28,7 @@ from skimp.kernels.ops import AttentionParams, LayerCache, StepInputs
 from skimp.kernels.triton import vendor
 from skimp.kernels.triton.append import append_kernel
 from skimp.kernels.triton.attention_kernels import ONE_ROW, ONE_TILE, SEARCH, attention_kernel
-from skimp.kernels.triton.cached_heads import FULL, KINDS
+from skimp.kernels.triton.cached_heads import FULL, INT4, KINDS
 from skimp.kernels.triton.launch import multiprocessors, use_pdl
 from skimp.model.spec import AttentionSpec
 
@@ -282,6 +282,8 @@ def paged_attention(
             FUSED=plan.fused,
             MODE=launch.mode,
             TWO_PHASE=launch.mode == SEARCH and not plan.deterministic,
+            WORDS=launch.mode != SEARCH and layer.has_words,
+            ASM=qkv.is_cuda and layer.dtype == torch.bfloat16,
             SPLITS=launch.splits,
             SPLITS_P=triton.next_power_of_2(launch.splits),
             LEAST_BLOCKS=launch.least_blocks,
@@ -304,7 +306,8 @@ class _Layer:
         spec, cache = params.spec, params.cache
         assert cache is not None, "the decoder was bound without a cache"
         recent = cache.recent
-        if cache.page_tokens * spec.head_dim % 2:
+        size = spec.head_dim // 2 if cache.spec.format == "int4" else spec.head_dim
+        if cache.page_tokens * size % 2:
             raise ValueError(f"page_tokens: {cache.page_tokens} odd vectors of odd size in a page")
         assert recent is None or recent.page_tokens == cache.page_tokens
         self.heads = spec.num_heads + 2 * spec.num_kv_heads
@@ -315,7 +318,14 @@ class _Layer:
         self.dtype: torch.dtype = getattr(torch, cache.spec.dtype)
         self.kind = KINDS[cache.spec.format]
         item = self.dtype.itemsize
-        self.offset = cache.offset if self.kind else cache.offset // item
+        parts = {INT4: 4, FULL: 1}.get(self.kind, 2)  # numbers in two bytes
+        # Tensor cores add up 16 products at a time.
+        self.has_words = (
+            self.kind != FULL
+            and spec.head_dim % parts == 0
+            and triton.next_power_of_2(spec.head_dim) // parts >= 16
+        )
+        self.offset = cache.offset // (2 if self.kind else item)
         self.recent_offset = 0 if recent is None else recent.offset // item
         normed = params.q_norm is not None and params.k_norm is not None
         self.q_factor, self.k_factor = (

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from skimp.kernels.triton.cached_heads import (
-    load_heads,
     pages_of,
     prepared,
     raw_heads,
@@ -20,6 +19,7 @@ from skimp.kernels.triton.cached_heads import (
     turned,
 )
 from skimp.kernels.triton.launch import let_next_start, wait_for_inputs
+from skimp.kernels.triton.softmax import over_memory, score_of
 
 # How a program finds its rows.
 ONE_ROW, ONE_TILE, SEARCH = 0, 1, 2
@@ -38,170 +38,6 @@ def _prefetch(vectors, D: tl.constexpr, ITEM: tl.constexpr):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def _score(raw, QK_SCALE: tl.constexpr, CAP: tl.constexpr):
-    """Products as scores in powers of two."""
-    if CAP > 0:
-        # tanh(x) = 1 - 2 / (1 + e**2x)
-        power = tl.exp2(raw * (QK_SCALE * 2.8853900817779268 / CAP))
-        return (CAP * 1.4426950408889634) * (1.0 - 2.0 / (1.0 + power))
-    else:
-        return raw * (QK_SCALE * 1.4426950408889634)
-
-
-@triton.jit
-def _in_share(keys, low, stop, skip, SKIP: tl.constexpr):
-    ok = (keys < stop) & (keys >= low)
-    if SKIP:
-        ok = ok & (keys != skip)
-    return ok
-
-
-@triton.jit
-def _over_keys(
-    q,
-    peak,
-    total,
-    acc,
-    start,
-    stop,
-    row_low,
-    row_end,
-    tile_low,
-    skip,
-    arena_ptr,
-    scales_ptr,
-    table,
-    offset,
-    head,
-    MASKED: tl.constexpr,
-    LOWER: tl.constexpr,
-    SKIP: tl.constexpr,
-    QK_SCALE: tl.constexpr,
-    CAP: tl.constexpr,
-    KIND: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PAGE: tl.constexpr,
-    ITEM: tl.constexpr,
-    PLANE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-):
-    """Online softmax (Milakov & Gimelshein 2018) over the keys [start, stop). Not ``MASKED``:
-    every row sees every one of them, and they are whole blocks."""
-    columns = tl.arange(0, BLOCK_N)
-    if MASKED:
-        ok = _in_share(start + columns, tile_low, stop, skip, SKIP)
-    else:
-        ok = None
-    pages = pages_of(table, start + columns, ok, PAGE)
-    for first in tl.range(start, stop, BLOCK_N):
-        keys = first + columns
-        at, scale_at = slots(pages, keys, offset, head, KIND, D, PAGE, ITEM)
-        here = ok
-        # A block's pages are asked for one block early: a load whose place is still to be loaded
-        # would be issued later than the stages allow.
-        later = keys + BLOCK_N
-        if MASKED:
-            ok = _in_share(later, tile_low, stop, skip, SKIP)
-            pages = pages_of(table, later, ok, PAGE)
-        else:
-            pages = pages_of(table, later, later < stop, PAGE)
-        k = load_heads(arena_ptr, at, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
-        raw = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if KIND > 0:
-            if MASKED:
-                k_scale = tl.load(scales_ptr + scale_at, mask=here, other=0.0)
-                v_scale = tl.load(scales_ptr + scale_at + PLANE // 2, mask=here, other=0.0)
-            else:
-                k_scale = tl.load(scales_ptr + scale_at)
-                v_scale = tl.load(scales_ptr + scale_at + PLANE // 2)
-            raw = raw * k_scale.to(tl.float32)[None, :]
-        scores = _score(raw, QK_SCALE, CAP)
-        if MASKED:
-            seen = here[None, :] & (keys[None, :] < row_end[:, None])
-            if LOWER:
-                seen = seen & (keys[None, :] >= row_low[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        # Before a row's first visible key its peak is -inf, and differences would be NaN.
-        level = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-        weights = tl.exp2(scores - level[:, None])
-        shrink = tl.exp2(peak - level)
-        total = total * shrink + tl.sum(weights, 1)
-        peak = new_peak
-        v = load_heads(arena_ptr, at + PLANE, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
-        if KIND > 0:
-            weights = weights * v_scale.to(tl.float32)[None, :]
-        acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
-    return peak, total, acc
-
-
-@triton.jit
-def _memory(
-    q,
-    peak,
-    total,
-    acc,
-    start,
-    stop,
-    row_low,
-    row_end,
-    ok,
-    skip,
-    arena_ptr,
-    scales_ptr,
-    table,
-    offset,
-    head,
-    TWO_PHASE: tl.constexpr,
-    LOWER: tl.constexpr,
-    SKIP: tl.constexpr,
-    QK_SCALE: tl.constexpr,
-    CAP: tl.constexpr,
-    KIND: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    PAGE: tl.constexpr,
-    ITEM: tl.constexpr,
-    PLANE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-):
-    """One memory's keys: row i sees [row_low, row_end) of it, this program those in
-    [start, stop), of which ``start`` is a multiple of BLOCK_N."""
-    some = ok & (row_low < row_end)
-    tile_low = tl.min(tl.where(some, row_low, 0x7FFFFFFF))
-    tile_end = tl.max(tl.where(some, row_end, 0))
-    start = tl.maximum(start, tl.minimum(tile_low, tile_end) // BLOCK_N * BLOCK_N)
-    stop = tl.minimum(stop, tile_end)
-    if TWO_PHASE:
-        # Whole blocks that every row sees need no masks.
-        all_low = tl.max(tl.where(ok, row_low, 0)) if LOWER else 0
-        all_end = tl.min(tl.where(ok, row_end, 0x7FFFFFFF))
-        middle = tl.minimum(tl.cdiv(all_low, BLOCK_N) * BLOCK_N, stop)
-        middle = tl.maximum(middle, start)
-        late = tl.maximum(tl.minimum(all_end, stop) // BLOCK_N * BLOCK_N, middle)
-        if LOWER:
-            peak, total, acc = _over_keys(
-                q, peak, total, acc, start, middle, row_low, row_end, tile_low, skip,
-                arena_ptr, scales_ptr, table, offset, head, True, LOWER, SKIP, QK_SCALE, CAP,
-                KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
-            )  # fmt: skip
-        peak, total, acc = _over_keys(
-            q, peak, total, acc, middle, late, row_low, row_end, tile_low, skip,
-            arena_ptr, scales_ptr, table, offset, head, False, LOWER, SKIP, QK_SCALE, CAP,
-            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
-        )  # fmt: skip
-        start = late
-    return _over_keys(
-        q, peak, total, acc, start, stop, row_low, row_end, tile_low, skip,
-        arena_ptr, scales_ptr, table, offset, head, True, LOWER, SKIP, QK_SCALE, CAP,
-        KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
-    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "num_seqs", "least_rows", "target"])
@@ -258,6 +94,8 @@ def attention_kernel(
     FUSED: tl.constexpr,
     MODE: tl.constexpr,
     TWO_PHASE: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASM: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr,
     LEAST_BLOCKS: tl.constexpr,
@@ -417,7 +255,7 @@ def attention_kernel(
                 )
             raw = tl.sum(q.to(tl.float32) * new_k, 1)
             visible = ok & (tl.max(here) < new_end)
-            score = tl.where(visible, _score(raw, QK_SCALE, CAP), float("-inf"))
+            score = tl.where(visible, score_of(raw, QK_SCALE, CAP), float("-inf"))
             new_peak = tl.maximum(peak, score)
             level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
             weight = tl.exp2(score - level)
@@ -428,21 +266,21 @@ def attention_kernel(
     skip = tl.max(position)
     if RECENT > 0:
         edge = tl.maximum(position - (RECENT - 1), row_low)
-        peak, total, acc = _memory(
+        peak, total, acc = over_memory(
             q, peak, total, acc, start, stop, row_low, tl.minimum(edge, row_end), ok, skip,
             arena_ptr, scales_ptr, table, offset, head, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE, CAP,
-            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8, WORDS, ASM,
         )  # fmt: skip
-        peak, total, acc = _memory(
+        peak, total, acc = over_memory(
             q, peak, total, acc, start, stop, edge, row_end, ok, skip,
             recent_ptr, scales_ptr, recent_table, recent_offset, head, TWO_PHASE, True, FUSED,
-            QK_SCALE, CAP, 0, D, DP, PAGE, ITEM, G * PAGE * D, BLOCK_N, NATIVE_FP8,
+            QK_SCALE, CAP, 0, D, DP, PAGE, ITEM, G * PAGE * D, BLOCK_N, NATIVE_FP8, WORDS, ASM,
         )  # fmt: skip
     else:
-        peak, total, acc = _memory(
+        peak, total, acc = over_memory(
             q, peak, total, acc, start, stop, row_low, row_end, ok, skip,
             arena_ptr, scales_ptr, table, offset, head, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE, CAP,
-            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8, WORDS, ASM,
         )  # fmt: skip
 
     if active == 1:

@@ -3,7 +3,8 @@ token's vector lies in the cache.
 
 Pages are laid out for a GPU. Full precision: [2, kv_heads, page_tokens, head_dim], keys first.
 Low bits: for each of [2, kv_heads] the codes of all tokens of the page, then their scales, so
-that codes are aligned to 16 bytes and can be read in wide pieces; the size is the same.
+that codes are aligned to 16 bytes and can be read in wide pieces; the size is the same. Codes lie
+in the order of their numbers, two to a byte at 4 bits, the first in the low one.
 
 Tiles are [M, DP]: M vectors of D numbers, padded to the power of two DP. What is stored is what
 ``cache/formats.py`` says, bit by bit.
@@ -212,7 +213,7 @@ def slots(
     ITEM: tl.constexpr,
 ):
     """Where each token's vector begins, in elements (codes: bytes), and where its scale lies, in
-    bfloat16s. ``vector`` counts [2, kv_heads]."""
+    bfloat16s. ``vector`` counts [2, kv_heads]; ``offset`` counts elements (codes: two bytes)."""
     page = pages.to(tl.int64)
     token = tokens % PAGE
     if KIND == 0:
@@ -220,8 +221,67 @@ def slots(
         return at, at
     else:
         width: tl.constexpr = D // 2 if KIND == 3 else D
-        block = page * 64 + (offset + vector * (PAGE * (width + 2)))
-        return block + token * width, (block + PAGE * width) // 2 + token
+        block = page * 32 + (offset + vector * (PAGE * (width + 2) // 2))
+        return 2 * block + token * width, block + PAGE * width // 2 + token
+
+
+@triton.jit
+def word_slots(
+    pages,
+    tokens,
+    offset,
+    vector,
+    KIND: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """:func:`slots` of low bits, with vectors counted in int16 words."""
+    token = tokens % PAGE
+    width: tl.constexpr = D // 2 if KIND == 3 else D
+    block = pages.to(tl.int64) * 32 + (offset + vector * (PAGE * (width + 2) // 2))
+    return block + token * (width // 2), block + PAGE * width // 2 + token
+
+
+@triton.jit
+def load_words(
+    words_ptr, at, ok, MASKED: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):
+    """Codes of vectors as int16 [N, DP / parts], of which each word holds 2 or 4 in a row, as
+    ``products.decode_words`` takes them."""
+    PARTS: tl.constexpr = 4 if KIND == 3 else 2
+    columns = tl.arange(0, DP // PARTS)
+    places = words_ptr + at[:, None] + columns[None, :]
+    if MASKED:
+        words = tl.load(places, mask=ok[:, None] & (columns < D // PARTS)[None, :], other=0)
+    elif D < DP:
+        words = tl.load(places, mask=(columns < D // PARTS)[None, :], other=0)
+    else:
+        words = tl.load(places)
+    if KIND == 1:
+        words = words ^ -0x7F80  # 0x8080: from two's complement to 128 more
+    return words
+
+
+@triton.jit
+def apart(x, M: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr):
+    """Columns i, i + PARTS, i + 2 PARTS, ... of [M, DP] for i of 0 to 3 (2 and 3: 0 and 1 again if
+    there are two parts)."""
+    x0, x1 = tl.split(tl.reshape(x, (M, DP // 2, 2)))
+    if PARTS == 2:
+        return x0, x1, x0, x1
+    else:
+        x0, x2 = tl.split(tl.reshape(x0, (M, DP // 4, 2)))
+        x1, x3 = tl.split(tl.reshape(x1, (M, DP // 4, 2)))
+        return x0, x1, x2, x3
+
+
+@triton.jit
+def together(x0, x1, x2, x3, M: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr):
+    """What :func:`apart` took apart."""
+    if PARTS == 4:
+        x0 = tl.reshape(tl.join(x0, x2), (M, DP // 2))
+        x1 = tl.reshape(tl.join(x1, x3), (M, DP // 2))
+    return tl.reshape(tl.join(x0, x1), (M, DP))
 
 
 @triton.jit
@@ -248,14 +308,15 @@ def store_heads(
     else:
         codes, values, scale = rounded(x, KIND, D, DP)
         width: tl.constexpr = D // 2 if KIND == 3 else D
+        places = dims
         if KIND == 3:
-            other = tl.where(dims < D // 2, dims + D // 2, dims)
-            high = tl.gather(codes, tl.broadcast_to(other[None, :], (M, DP)), 1)
-            codes = codes | (high << 4)
+            low, high = tl.split(tl.reshape(codes, (M, DP // 2, 2)))
+            codes = low | (high << 4)
+            places = tl.arange(0, DP // 2)
         tl.store(
-            arena_ptr + at[:, None] + dims[None, :],
+            arena_ptr + at[:, None] + places[None, :],
             codes.to(tl.uint8),
-            mask=ok[:, None] & (dims < width)[None, :],
+            mask=ok[:, None] & (places < width)[None, :],
         )
         bits = (scale.to(tl.uint32, bitcast=True) >> 16).to(tl.int16)
         tl.store(scales_ptr + scale_at, bits.to(tl.bfloat16, bitcast=True), mask=ok)
@@ -277,7 +338,7 @@ def load_heads(
     """Vectors [N, DP] as ``dtype``, before their scales; zeros where not ok."""
     dims = tl.arange(0, DP)
     if KIND == 3:
-        places = arena_ptr + at[:, None] + (dims % (D // 2))[None, :]
+        places = arena_ptr + at[:, None] + (dims // 2)[None, :]
     else:
         places = arena_ptr + at[:, None] + dims[None, :]
     if MASKED:
@@ -296,7 +357,7 @@ def load_heads(
         else:
             return fp8_value(stored).to(dtype)
     else:
-        shift = tl.where(dims < D // 2, 0, 4).to(tl.uint8)
+        shift = (dims % 2 * 4).to(tl.uint8)
         values = ((stored >> shift[None, :]) & 15).to(tl.int8) - 8
         # What lies beyond D came as zero bits, which stand for -8.
         return tl.where((dims < D)[None, :], values, 0).to(dtype)
