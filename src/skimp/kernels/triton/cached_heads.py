@@ -243,20 +243,14 @@ def word_slots(
 
 
 @triton.jit
-def load_words(
-    words_ptr, at, ok, MASKED: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
-):
+def load_words(words_ptr, at, ok, KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     """Codes of vectors as int16 [N, DP / parts], of which each word holds 2 or 4 in a row, as
-    ``products.decode_words`` takes them."""
+    ``products.decode_words`` takes them; what is not ok does not count."""
     PARTS: tl.constexpr = 4 if KIND == 3 else 2
     columns = tl.arange(0, DP // PARTS)
     places = words_ptr + at[:, None] + columns[None, :]
-    if MASKED:
-        words = tl.load(places, mask=ok[:, None] & (columns < D // PARTS)[None, :], other=0)
-    elif D < DP:
-        words = tl.load(places, mask=(columns < D // PARTS)[None, :], other=0)
-    else:
-        words = tl.load(places)
+    inside = ok[:, None] & (columns < D // PARTS)[None, :]
+    words = tl.load(places, mask=inside, other=0)
     if KIND == 1:
         words = words ^ -0x7F80  # 0x8080: from two's complement to 128 more
     return words

@@ -141,6 +141,20 @@ def _over_keys(
 
 
 @triton.jit
+def _scores_of(q, k, raw, PART: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
+    """``raw`` and the products of queries with number PART of each word of the keys."""
+    numbers = decode_words(k, k, CODE, PART, False, ASM, q.dtype)
+    return tl.dot(q, tl.trans(numbers), raw, input_precision="ieee")
+
+
+@triton.jit
+def _mix(w, v, acc, PART: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
+    """``acc`` and number PART of each word of the values, weighed."""
+    numbers = decode_words(v, v, CODE, PART, False, ASM, w.dtype)
+    return tl.dot(w, numbers, acc, input_precision="ieee")
+
+
+@triton.jit
 def _over_words(
     q,
     peak,
@@ -173,7 +187,6 @@ def _over_words(
     bytes at a time, and each number of a word has a product of its own."""
     PARTS: tl.constexpr = 4 if KIND == 3 else 2
     CODE: tl.constexpr = 2 if KIND == 3 else 3 if KIND == 2 else 1  # that of products.py
-    DTYPE: tl.constexpr = q.dtype
     q0, q1, q2, q3 = apart(q, q.shape[0], DP, PARTS)
     acc0, acc1, acc2, acc3 = apart(acc, q.shape[0], DP, PARTS)
     columns = tl.arange(0, BLOCK_N)
@@ -185,48 +198,26 @@ def _over_words(
         here = ok
         ok = _in_share(keys + BLOCK_N, tile_low, stop, skip, SKIP)
         pages = pages_of(table, keys + BLOCK_N, ok, PAGE)
-        k = load_words(words_ptr, at, here, True, KIND, D, DP)
-        raw = tl.dot(
-            q0, tl.trans(decode_words(k, k, CODE, 0, False, ASM, DTYPE)), input_precision="ieee"
-        )
-        raw = tl.dot(
-            q1, tl.trans(decode_words(k, k, CODE, 1, False, ASM, DTYPE)), raw,
-            input_precision="ieee",
-        )  # fmt: skip
+        k = load_words(words_ptr, at, here, KIND, D, DP)
+        raw = tl.zeros((q.shape[0], BLOCK_N), tl.float32)
+        raw = _scores_of(q0, k, raw, 0, CODE, ASM)
+        raw = _scores_of(q1, k, raw, 1, CODE, ASM)
         if PARTS == 4:
-            raw = tl.dot(
-                q2, tl.trans(decode_words(k, k, CODE, 2, False, ASM, DTYPE)), raw,
-                input_precision="ieee",
-            )  # fmt: skip
-            raw = tl.dot(
-                q3, tl.trans(decode_words(k, k, CODE, 3, False, ASM, DTYPE)), raw,
-                input_precision="ieee",
-            )  # fmt: skip
+            raw = _scores_of(q2, k, raw, 2, CODE, ASM)
+            raw = _scores_of(q3, k, raw, 3, CODE, ASM)
         k_scale = tl.load(scales_ptr + scale_at, mask=here, other=0.0)
         v_scale = tl.load(scales_ptr + scale_at + PLANE // 2, mask=here, other=0.0)
         raw = raw * k_scale.to(tl.float32)[None, :]
         peak, total, weights, shrink = _weigh(
             raw, peak, total, keys, here, row_low, row_end, True, LOWER, QK_SCALE, CAP
         )
-        w = (weights * v_scale.to(tl.float32)[None, :]).to(DTYPE)
-        v = load_words(words_ptr, at + PLANE // 2, here, True, KIND, D, DP)
-        acc0 = tl.dot(
-            w, decode_words(v, v, CODE, 0, False, ASM, DTYPE), acc0 * shrink[:, None],
-            input_precision="ieee",
-        )  # fmt: skip
-        acc1 = tl.dot(
-            w, decode_words(v, v, CODE, 1, False, ASM, DTYPE), acc1 * shrink[:, None],
-            input_precision="ieee",
-        )  # fmt: skip
+        w = (weights * v_scale.to(tl.float32)[None, :]).to(q.dtype)
+        v = load_words(words_ptr, at + PLANE // 2, here, KIND, D, DP)
+        acc0 = _mix(w, v, acc0 * shrink[:, None], 0, CODE, ASM)
+        acc1 = _mix(w, v, acc1 * shrink[:, None], 1, CODE, ASM)
         if PARTS == 4:
-            acc2 = tl.dot(
-                w, decode_words(v, v, CODE, 2, False, ASM, DTYPE), acc2 * shrink[:, None],
-                input_precision="ieee",
-            )  # fmt: skip
-            acc3 = tl.dot(
-                w, decode_words(v, v, CODE, 3, False, ASM, DTYPE), acc3 * shrink[:, None],
-                input_precision="ieee",
-            )  # fmt: skip
+            acc2 = _mix(w, v, acc2 * shrink[:, None], 2, CODE, ASM)
+            acc3 = _mix(w, v, acc3 * shrink[:, None], 3, CODE, ASM)
     return peak, total, together(acc0, acc1, acc2, acc3, q.shape[0], DP, PARTS)
 
 
