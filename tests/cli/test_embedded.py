@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import NamedTuple
 
 import pytest
@@ -39,7 +40,10 @@ def run(*arguments: str, stdin: str = "") -> Finished:
         given.seek(0)
         command = [sys.executable, "-m", "skimp", *arguments]
         process = subprocess.Popen(command, stdin=given, stdout=out, stderr=err)
+        limit = threading.Timer(300, process.kill)
+        limit.start()
         _, status, used = os.wait4(process.pid, 0)
+        limit.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         err.seek(0)

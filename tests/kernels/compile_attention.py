@@ -9,9 +9,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
+from hopper import write_ptx
 from triton.compiler import ASTSource
 
 from skimp.kernels.triton.attention_kernels import ONE_ROW, attention_kernel
@@ -84,24 +83,13 @@ def constants(kind: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    fixed = constants(sys.argv[1])
-    names = attention_kernel.arg_names
-    signature = {
-        name: "constexpr" if name in fixed else POINTERS.get(name, "i32") for name in names
-    }
-    places = {name: (i,) for i, name in enumerate(names)}
-    aligned = [name for name in names if name not in fixed and name not in VARYING]
-    source = ASTSource(
-        attention_kernel,
-        signature,
-        {places[name]: value for name, value in fixed.items()},
-        {places[name]: [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": 4, "num_stages": 2, "launch_pdl": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    sys.stdout.write(compiled.asm["ptx"])
-
-
 if __name__ == "__main__":
-    main()
+    write_ptx(
+        attention_kernel,
+        ASTSource,
+        POINTERS,
+        constants(sys.argv[1]),
+        varying=VARYING,
+        num_warps=4,
+        num_stages=2,
+    )

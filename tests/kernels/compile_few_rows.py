@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-import triton
-from triton.backends.compiler import GPUTarget
+from hopper import write_ptx
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from skimp.kernels.triton.few_rows import few_rows_kernel
@@ -36,22 +33,16 @@ CONSTANTS = {
 }
 
 
-def main() -> None:
-    signature = {}
-    for name in few_rows_kernel.arg_names:
-        scalar = "fp32" if name == "eps" else "i32"
-        signature[name] = "constexpr" if name in CONSTANTS else POINTERS.get(name, scalar)
-    places = {name: (i,) for i, name in enumerate(few_rows_kernel.arg_names)}
-    source = GluonASTSource(
-        few_rows_kernel,
-        signature,
-        {places[name]: value for name, value in CONSTANTS.items()},
-        {places[name]: [["tt.divisibility", 16]] for name in POINTERS},
-    )
-    options = {"num_warps": 4, "launch_pdl": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    sys.stdout.write(compiled.asm["ptx"])
+VARYING = ("M", "N", "stride_x", "stride_residual", "stride_out")
 
 
 if __name__ == "__main__":
-    main()
+    write_ptx(
+        few_rows_kernel,
+        GluonASTSource,
+        POINTERS,
+        CONSTANTS,
+        floats=("eps",),
+        varying=VARYING,
+        num_warps=4,
+    )

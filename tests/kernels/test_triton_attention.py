@@ -4,9 +4,6 @@ in Triton's interpreter (float32: it is not to be trusted with bfloat16 products
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,8 @@ import torch
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
+
+from hopper import ptx_of  # noqa: E402
 
 from skimp.cache.formats import dequantize, hadamard, quantize  # noqa: E402
 from skimp.cache.layout import CacheLayout  # noqa: E402
@@ -252,14 +251,10 @@ def test_codes_are_those_of_the_format(format: str) -> None:
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
 def test_low_bits_go_to_tensor_cores_as_words(format: str, tmp_path: Path) -> None:
     """What the interpreter cannot show, and the compiler can without a GPU."""
-    script = Path(__file__).with_name("compile_attention.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, script, format]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in done.stdout
-    assert "ld.shared.b8" not in done.stdout and "ld.shared.u8" not in done.stdout
-    assert "cp.async" in done.stdout
+    ptx = ptx_of("compile_attention.py", format, cache=tmp_path)
+    assert "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" in ptx
+    assert "ld.shared.b8" not in ptx and "ld.shared.u8" not in ptx
+    assert "cp.async" in ptx
 
 
 def test_rows_that_see_ahead() -> None:

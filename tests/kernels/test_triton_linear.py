@@ -4,9 +4,6 @@ be trusted with bfloat16 products, and runs no inline assembly)."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+from hopper import ptx_of
 
 from skimp.formats import WeightFormat, quantize
 from skimp.kernels import lowbit, plain
@@ -198,15 +197,10 @@ def test_few_rows(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None
 def test_few_rows_compile_without_a_gpu(tmp_path: Path) -> None:
     """The interpreter does not run Gluon, but its compiler needs no GPU."""
     pytest.importorskip("triton.experimental.gluon")
-    script = Path(__file__).with_name("compile_few_rows.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "mma.sync.aligned.m16n8k16" in done.stdout
-    assert "ld.global.v4" in done.stdout  # weights, 16 bytes a thread
-    assert "ld.local" not in done.stdout
+    ptx = ptx_of("compile_few_rows.py", cache=tmp_path)
+    assert "mma.sync.aligned.m16n8k16" in ptx
+    assert "ld.global.v4" in ptx  # weights, 16 bytes a thread
+    assert "ld.local" not in ptx
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])

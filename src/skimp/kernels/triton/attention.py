@@ -306,8 +306,7 @@ class _Layer:
         spec, cache = params.spec, params.cache
         assert cache is not None, "the decoder was bound without a cache"
         recent = cache.recent
-        size = spec.head_dim // 2 if cache.spec.format == "int4" else spec.head_dim
-        if cache.page_tokens * size % 2:
+        if cache.page_tokens * _vector_elements(cache) % 2:
             raise ValueError(f"page_tokens: {cache.page_tokens} odd vectors of odd size in a page")
         assert recent is None or recent.page_tokens == cache.page_tokens
         self.heads = spec.num_heads + 2 * spec.num_kv_heads

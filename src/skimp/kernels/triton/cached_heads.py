@@ -192,6 +192,18 @@ def rounded(x, KIND: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
     return codes, x, scale
 
 
+@triton.constexpr_function
+def code_bytes(kind, dim):
+    """Of a vector's codes, which its scale follows in two bytes."""
+    return dim // 2 if kind == 3 else dim
+
+
+@triton.jit
+def _codes_begin(pages, offset, vector, WIDTH: tl.constexpr, PAGE: tl.constexpr):
+    """Where the codes of a page's vectors begin, in pairs of bytes."""
+    return pages.to(tl.int64) * 32 + (offset + vector * (PAGE * (WIDTH + 2) // 2))
+
+
 @triton.jit
 def pages_of(table, tokens, ok, PAGE: tl.constexpr):
     """The pages that tokens lie in, where ok; ``table`` points at their sequence's pages."""
@@ -214,15 +226,15 @@ def slots(
 ):
     """Where each token's vector begins, in elements (codes: bytes), and where its scale lies, in
     bfloat16s. ``vector`` counts [2, kv_heads]; ``offset`` counts elements (codes: two bytes)."""
-    page = pages.to(tl.int64)
     token = tokens % PAGE
     if KIND == 0:
+        page = pages.to(tl.int64)
         at = page * (64 // ITEM) + (offset + vector * (PAGE * D) + token * D)
         return at, at
     else:
-        width: tl.constexpr = D // 2 if KIND == 3 else D
-        block = page * 32 + (offset + vector * (PAGE * (width + 2) // 2))
-        return 2 * block + token * width, block + PAGE * width // 2 + token
+        width: tl.constexpr = code_bytes(KIND, D)
+        begin = _codes_begin(pages, offset, vector, width, PAGE)
+        return 2 * begin + token * width, begin + PAGE * width // 2 + token
 
 
 @triton.jit
@@ -237,9 +249,9 @@ def word_slots(
 ):
     """:func:`slots` of low bits, with vectors counted in int16 words."""
     token = tokens % PAGE
-    width: tl.constexpr = D // 2 if KIND == 3 else D
-    block = pages.to(tl.int64) * 32 + (offset + vector * (PAGE * (width + 2) // 2))
-    return block + token * (width // 2), block + PAGE * width // 2 + token
+    width: tl.constexpr = code_bytes(KIND, D)
+    begin = _codes_begin(pages, offset, vector, width, PAGE)
+    return begin + token * (width // 2), begin + PAGE * width // 2 + token
 
 
 @triton.jit
@@ -301,7 +313,7 @@ def store_heads(
         return stored.to(tl.float32)
     else:
         codes, values, scale = rounded(x, KIND, D, DP)
-        width: tl.constexpr = D // 2 if KIND == 3 else D
+        width: tl.constexpr = code_bytes(KIND, D)
         places = dims
         if KIND == 3:
             low, high = tl.split(tl.reshape(codes, (M, DP // 2, 2)))
