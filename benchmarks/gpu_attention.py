@@ -246,7 +246,7 @@ class Bench:
             k = apply_rope(rms_norm(k, params.k_norm), cos, sin, interleaved=False)
         if params.cache.spec.hadamard:
             k, v = hadamard(k), hadamard(v)
-        cache_rows.write(k, v, params.cache, replace(step, arena=self.wanted_arena))
+        cache_rows.write((k, v), params.cache, replace(step, arena=self.wanted_arena))
 
     def _plan(self, seqs: int, rows: int, most: int, **options: object) -> AttentionPlan:
         return plan_attention(

@@ -152,7 +152,7 @@ class Twins:
         k, v = (x.unflatten(1, (spec.num_kv_heads, spec.head_dim)) for x in (k, v))
         if self.cache.spec.hadamard:
             k, v = hadamard(k), hadamard(v)
-        cache_rows.write(k, v, self.cache, self.step(whole))
+        cache_rows.write((k, v), self.cache, self.step(whole))
         out = PlainOps().attention(self.rows(rows), self.params, self.step(rows))
         self.arena = mine
         return out

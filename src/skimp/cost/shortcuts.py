@@ -14,7 +14,6 @@ from skimp.cache.spec import DEFAULT_RECENT, FORMAT_BITS, CacheSpec, vector_byte
 from skimp.cost.hardware import Hardware, StepTime, predict
 from skimp.cost.memory import MemoryPlan, memory_plan
 from skimp.cost.work import (
-    MatrixWork,
     MixerWork,
     ModelWork,
     StepCost,
@@ -24,7 +23,7 @@ from skimp.cost.work import (
     uniform,
 )
 from skimp.formats.weight import WeightFormat
-from skimp.model.spec import ModelSpec
+from skimp.model.spec import LatentAttentionSpec, ModelSpec
 
 MLA_LATENT, MLA_ROPE = 512, 64
 INT8 = WeightFormat(kind="int", bits=8)
@@ -184,6 +183,8 @@ def _fewer_heads(spec: ModelSpec, work: ModelWork, wanted: int | None) -> tuple[
     text = ""
     for i, layer in enumerate(spec.layers):
         mixer = layer.mixer
+        if isinstance(mixer, LatentAttentionSpec):
+            raise _NoGain("a latent has no KV heads")
         now = mixer.num_kv_heads
         target = wanted
         if target is None:
@@ -214,17 +215,21 @@ def _with_heads(cache: CacheSpec, heads: int) -> CacheSpec:
 def latent_attention(work: ModelWork, index: int, heads: int, head_dim: int) -> ModelWork:
     """``work`` with layer ``index`` turned into MLA (DeepSeek-V2): a latent of 512 numbers and a
     rotary key of 64 a token, absorbed projections, no query compression."""
+    mixer = LatentAttentionSpec(
+        num_heads=heads,
+        latent_dim=MLA_LATENT,
+        rope_dim=MLA_ROPE,
+        nope_dim=head_dim,
+        value_dim=head_dim,
+        rope=None,
+        scale=1.0,
+    )
     prefix = f"layers.{index}.mixer."
     queries = next(m for m in work.matrices if m.name == prefix + "q_proj")
-    hidden = queries.in_features
-
-    def matrix(name: str, n_in: int, n_out: int) -> MatrixWork:
-        return replace(queries, name=prefix + name, in_features=n_in, out_features=n_out)
-
     new = [
-        matrix("q_proj", hidden, heads * (head_dim + MLA_ROPE)),
-        matrix("kv_a_proj", hidden, MLA_LATENT + MLA_ROPE),
-        matrix("kv_b_proj", MLA_LATENT, heads * 2 * head_dim),
+        replace(queries, name=prefix + name, in_features=n_in, out_features=n_out)
+        for name, (n_in, n_out) in mixer.matrices(queries.in_features).items()
+        if name != "o_proj"
     ]
     kept = [
         m
@@ -236,11 +241,11 @@ def latent_attention(work: ModelWork, index: int, heads: int, head_dim: int) -> 
     mixers[index] = MixerWork(
         cache=CacheSpec(
             kind="latent",
-            bytes_per_token=(MLA_LATENT + MLA_ROPE) * item_bytes(dtype),
+            bytes_per_token=mixer.cached_dim * item_bytes(dtype),
             dtype=dtype,
-            shape=(MLA_LATENT + MLA_ROPE,),
+            shape=(MLA_LATENT, MLA_ROPE),
         ),
-        flops_per_pair=2 * heads * (2 * MLA_LATENT + MLA_ROPE),
+        flops_per_pair=mixer.flops_per_pair,
     )
     return replace(work, matrices=tuple(kept[:-1] + new + kept[-1:]), mixers=tuple(mixers))
 
@@ -248,8 +253,11 @@ def latent_attention(work: ModelWork, index: int, heads: int, head_dim: int) -> 
 def _latent(spec: ModelSpec, work: ModelWork) -> tuple[str, ModelWork]:
     before = work.cache_bytes_per_token
     for i, layer in enumerate(spec.layers):
-        if layer.mixer.window is None:
-            work = latent_attention(work, i, layer.mixer.num_heads, layer.mixer.head_dim)
+        mixer = layer.mixer
+        if isinstance(mixer, LatentAttentionSpec):
+            raise _NoGain("it has latent attention already")
+        if mixer.window is None:
+            work = latent_attention(work, i, mixer.num_heads, mixer.head_dim)
     if work.cache_bytes_per_token >= before:
         raise _NoGain(
             f"a latent of {MLA_LATENT}+{MLA_ROPE} is no smaller than this model's keys and values"

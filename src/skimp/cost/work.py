@@ -22,9 +22,10 @@ from typing import Literal
 
 from skimp.cache.spec import CacheSpec
 from skimp.formats.weight import WeightFormat
-from skimp.model.spec import LayerSpec, ModelSpec
+from skimp.model.spec import ModelSpec
 
 Kind = Literal["matmul", "attention"]
+TERMS = {"mixer": "attention projections", "ffn": "feed-forward"}
 
 _ITEM_BYTES = (
     ("float32", 4),
@@ -226,8 +227,8 @@ def model_work(
     ``spec.formats`` count their formats' bits. ``bits`` overrides the bits per weight of matrices
     whose name matches a shell pattern, such as ``{"layers.*": 4.125, "lm_head": 16}``; the first
     match counts, and a pattern that matches nothing is refused. Matrices are named
-    ``layers.<i>.mixer.{q,k,v,o}_proj``, ``layers.<i>.ffn.{gate,up,down}_proj`` and ``lm_head``;
-    ``embed_tokens`` sets the bits of an untied table.
+    ``layers.<i>.<name of LayerSpec.matrices>`` and ``lm_head``; ``embed_tokens`` sets the bits of
+    an untied table.
     """
     dtype = spec.dtype if dtype is None else dtype
     dense_bits = 8.0 * item_bytes(dtype)
@@ -254,19 +255,19 @@ def model_work(
     matrices: list[MatrixWork] = []
     vectors = spec.hidden_size  # the final norm
     for i, layer in enumerate(spec.layers):
-        for name, term, n_in, n_out in _layer_shapes(spec, layer):
+        for name, (n_in, n_out) in layer.matrices(spec.hidden_size).items():
             full = f"layers.{i}.{name}"
             matrices.append(
                 MatrixWork(
                     name=full,
-                    term=term,
+                    term=TERMS[name.partition(".")[0]],
                     in_features=n_in,
                     out_features=n_out,
                     bits=bits_of(full, n_in),
                     format=format_of(full),
                 )
             )
-        vectors += _vector_numbers(spec, layer)
+        vectors += layer.vector_numbers(spec.hidden_size)
     head_bits = bits_of("lm_head", spec.hidden_size)
     matrices.append(
         MatrixWork(
@@ -287,7 +288,7 @@ def model_work(
         name=spec.family,
         matrices=tuple(matrices),
         mixers=tuple(
-            MixerWork(cache=cache, flops_per_pair=4 * layer.mixer.q_dim)
+            MixerWork(cache=cache, flops_per_pair=layer.mixer.flops_per_pair)
             for layer, cache in zip(spec.layers, caches)
         ),
         embedding_rows=spec.vocab_size,
@@ -418,29 +419,3 @@ def _pairs(step: SequenceStep, horizon: int | None) -> int:
         return (first + step.context) * step.tokens // 2
     growing = max(0, horizon - first + 1)  # rows whose past is still shorter than the window
     return (first + first + growing - 1) * growing // 2 + (step.tokens - growing) * horizon
-
-
-def _layer_shapes(spec: ModelSpec, layer: LayerSpec) -> list[tuple[str, str, int, int]]:
-    hidden, mixer, inner = spec.hidden_size, layer.mixer, layer.ffn.intermediate_size
-    projections, ffn = "attention projections", "feed-forward"
-    return [
-        ("mixer.q_proj", projections, hidden, mixer.q_dim),
-        ("mixer.k_proj", projections, hidden, mixer.kv_dim),
-        ("mixer.v_proj", projections, hidden, mixer.kv_dim),
-        ("mixer.o_proj", projections, mixer.q_dim, hidden),
-        ("ffn.gate_proj", ffn, hidden, inner),
-        ("ffn.up_proj", ffn, hidden, inner),
-        ("ffn.down_proj", ffn, inner, hidden),
-    ]
-
-
-def _vector_numbers(spec: ModelSpec, layer: LayerSpec) -> int:
-    """Numbers in a layer's norms, biases and sinks."""
-    mixer, ffn = layer.mixer, layer.ffn
-    total = spec.hidden_size * (4 if layer.post_norms else 2)
-    total += 2 * mixer.head_dim if mixer.qk_norm else 0
-    total += mixer.q_dim + 2 * mixer.kv_dim if mixer.qkv_bias else 0
-    total += spec.hidden_size if mixer.out_bias else 0
-    total += mixer.num_heads if mixer.sinks else 0
-    total += 2 * ffn.intermediate_size + spec.hidden_size if ffn.bias else 0
-    return total

@@ -182,6 +182,10 @@ def choose_backend(
     usable = native.available() and options.device == "cpu"
     if options.backend == "native" and not usable:
         raise OptionError("backend: native kernels were not built; reinstall with a C++ compiler")
+    missing = native.lacks(decoder.spec)
+    if options.backend == "native" and missing:
+        raise OptionError(f"backend: the native kernels have no {missing}; use auto or plain")
+    usable = usable and missing is None
     caches = [layout.layer_cache(index) for index in range(decoder.spec.num_layers)]
     if options.backend == "native" or (options.backend == "auto" and usable):
         if options.page_tokens % structs.PANEL:
@@ -203,7 +207,7 @@ def choose_backend(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     move_decoder(decoder, options.device)
-    if _has_triton(options):
+    if _has_triton(options, decoder):
         from skimp.engine.graphs import GraphBackend
         from skimp.kernels.triton.ops import TritonOps
 
@@ -215,10 +219,16 @@ def choose_backend(
     return PlainBackend(decoder, buffers, plain_ops)
 
 
-def _has_triton(options: EngineOptions) -> bool:
+def _has_triton(options: EngineOptions, decoder: Decoder) -> bool:
     if options.device != "cuda" or options.backend == "plain":
         return False
-    found = importlib.util.find_spec("triton") is not None
-    if not found and options.backend == "triton":
-        raise OptionError("backend: triton is not installed")
-    return found
+    if importlib.util.find_spec("triton") is None:
+        if options.backend == "triton":
+            raise OptionError("backend: triton is not installed")
+        return False
+    from skimp.kernels.triton.ops import lacks
+
+    missing = lacks(decoder.spec)
+    if missing and options.backend == "triton":
+        raise OptionError(f"backend: the Triton kernels have no {missing}; use auto or plain")
+    return missing is None

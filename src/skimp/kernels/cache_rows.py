@@ -1,8 +1,12 @@
-"""Where the plain backend keeps keys and values: [2, kv_heads, page_tokens] vectors a page and
-layer, each as ``CacheSpec`` says: ``dtype`` numbers, or the bytes of ``cache/formats.py``."""
+"""Where the plain backend keeps what attention reads: [planes, heads, page_tokens] vectors a page
+and layer, each as ``CacheSpec`` says: ``dtype`` numbers, or the bytes of ``cache/formats.py``.
+
+Keys and values of heads are two planes; a latent and its rotated key are one vector of one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,23 +26,23 @@ class CachedRows:
     positions where a row is near enough; None: each position is here once.
     """
 
-    keys: Tensor  # [T, G, K]
-    values: Tensor  # [T, G, K]
+    keys: Tensor  # [T, G, K]; of latents [T, 1, latent_dim + rope_dim]
+    values: Tensor  # [T, G, K]; of latents the same again
     positions: Tensor  # [T]
     recent: Tensor | None = None  # bool [T]
 
 
-def write(k_RGK: Tensor, v_RGK: Tensor, cache: LayerCache, step: StepInputs) -> None:
-    """Store the step's keys and values at their rows' positions."""
+def write(planes: Sequence[Tensor], cache: LayerCache, step: StepInputs) -> None:
+    """Store the step's vectors [R, heads, size] at their rows' positions."""
     assert step.arena is not None
     flat, width = _flat(step.arena, cache.spec)
     index = _index(cache, step, step.row_seq, step.positions, width)
-    heads, _ = cache.spec.shape
-    for plane, x in enumerate((k_RGK, v_RGK)):
+    heads, _ = _vectors(cache.spec)
+    for plane, x in enumerate(planes):
         stored = x if cache.spec.format is None else quantize(x, cache.spec.format)
         flat[index + plane * heads * width * cache.page_tokens] = stored.to(flat.dtype)
     if cache.recent is not None:
-        write(k_RGK, v_RGK, cache.recent, step)
+        write(planes, cache.recent, step)
 
 
 def read(cache: LayerCache, step: StepInputs, rows: slice, block: int) -> CachedRows:
@@ -79,8 +83,10 @@ def _range(cache: LayerCache, step: StepInputs, rows: slice, block: int, end: in
     # Pages before a window may have been freed: their stale entries are masked, never used.
     seq = step.row_seq[rows][:1].expand(positions.shape[0])
     index = _index(cache, step, seq, positions, width)
-    heads, _ = cache.spec.shape
-    keys, values = flat[index], flat[index + heads * width * cache.page_tokens]
+    heads, _ = _vectors(cache.spec)
+    keys = values = flat[index]
+    if cache.spec.kind != "latent":
+        values = flat[index + heads * width * cache.page_tokens]
     if cache.spec.format is not None:
         keys = dequantize(keys, cache.spec.format)
         values = dequantize(values, cache.spec.format)
@@ -90,21 +96,30 @@ def _range(cache: LayerCache, step: StepInputs, rows: slice, block: int, end: in
     return CachedRows(keys=keys, values=values, positions=positions)
 
 
+def _vectors(spec: CacheSpec) -> tuple[int, int]:
+    """How many vectors a plane has of a token, and of how many numbers."""
+    if spec.kind == "latent":
+        return 1, sum(spec.shape)
+    heads, size = spec.shape
+    return heads, size
+
+
 def _flat(arena: Tensor, spec: CacheSpec) -> tuple[Tensor, int]:
     """The arena as elements of a stored vector, and how many of them make one."""
     dtype = getattr(torch, spec.dtype) if spec.format is None else torch.uint8
-    width = vector_bytes(spec.shape[1], spec.format) if spec.format else spec.shape[1]
+    _, size = _vectors(spec)
+    width = vector_bytes(size, spec.format) if spec.format else size
     return arena[: arena.numel() - arena.numel() % dtype.itemsize].view(dtype), width
 
 
 def _index(
     cache: LayerCache, step: StepInputs, seq: Tensor, positions: Tensor, width: int
 ) -> Tensor:
-    """[rows, kv_heads, width]: where the elements of each (seq, position)'s keys lie."""
+    """[rows, heads, width]: where the elements of each (seq, position)'s first plane lie."""
     tokens, device = cache.page_tokens, positions.device
     itemsize = 1 if cache.spec.format else getattr(torch, cache.spec.dtype).itemsize
     table = step.block_tables[cache.group]
     pages = table[seq.to(torch.int64), (positions // tokens).to(torch.int64)].to(torch.int64)
     base = (pages * 64 + cache.offset) // itemsize + (positions % tokens) * width
-    heads = torch.arange(cache.spec.shape[0], device=device)[:, None] * (tokens * width)
+    heads = torch.arange(_vectors(cache.spec)[0], device=device)[:, None] * (tokens * width)
     return base[:, None, None] + heads + torch.arange(width, device=device)

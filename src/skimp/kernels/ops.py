@@ -23,7 +23,7 @@ from torch import Tensor
 
 from skimp.cache.spec import CacheSpec
 from skimp.model.layers import Linear, RMSNorm
-from skimp.model.spec import Activation, AttentionSpec
+from skimp.model.spec import Activation, AttentionSpec, LatentAttentionSpec
 
 PackLayout = Literal["stack", "gated", "table"]
 
@@ -101,6 +101,16 @@ class AttentionParams:
     cache: LayerCache | None
 
 
+@dataclass
+class LatentParams:
+    """Everything latent attention needs besides queries, latents and what makes heads of them."""
+
+    spec: LatentAttentionSpec
+    latent_norm: RMSNorm
+    rope: tuple[Tensor, Tensor] | None  # cos, sin: float32 [max_positions, rope_dim / 2]
+    cache: LayerCache | None
+
+
 class Ops(Protocol):
     """A backend. ``Any`` matrices are the backend's own packed form, made by :meth:`pack`."""
 
@@ -112,6 +122,11 @@ class Ops(Protocol):
         too, so tied embeddings are held once. The backend may set ``linear.weight`` to None once
         it holds its own copy.
         """
+        ...
+
+    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Any:
+        """The matrix that makes keys and values of latents, [heads * (nope_dim + value_dim),
+        latent_dim], of each head first the key, for :meth:`latent_attention`."""
         ...
 
     def embed(self, step: StepInputs, table: Any, scale: float) -> Tensor:
@@ -135,10 +150,24 @@ class Ops(Protocol):
         """``x + norm(y)`` for sandwich norms."""
         ...
 
+    def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
+        """``x + scale * y``."""
+        ...
+
     def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
         """QK-norm, RoPE, append of keys and values to the cache, then attention.
 
         ``qkv`` is [R, q_dim + 2 kv_dim]; the result is [R, q_dim].
+        """
+        ...
+
+    def latent_attention(
+        self, queries: Tensor, latents: Tensor, heads: Any, params: LatentParams, step: StepInputs
+    ) -> Tensor:
+        """Norm of the latents, RoPE, append to the cache, then attention.
+
+        ``queries`` [R, heads * (nope_dim + rope_dim)], of each head first what is not rotated;
+        ``latents`` [R, latent_dim + rope_dim] as projected; the result is [R, out_dim].
         """
         ...
 

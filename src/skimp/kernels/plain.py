@@ -13,12 +13,13 @@ from torch import Tensor
 
 from skimp.cache.formats import hadamard
 from skimp.formats.weight import QuantizedWeight
-from skimp.kernels import cache_rows
+from skimp.kernels import cache_rows, latent
 from skimp.kernels.cache_rows import CachedRows
+from skimp.kernels.latent import LatentHeads
 from skimp.kernels.lowbit import lowbit_linear
-from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
+from skimp.kernels.ops import AttentionParams, LatentParams, LayerCache, PackLayout, StepInputs
 from skimp.model.layers import Linear, RMSNorm, stacked_bias
-from skimp.model.spec import Activation
+from skimp.model.spec import Activation, LatentAttentionSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -164,6 +165,9 @@ class PlainOps:
     def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
         return x + rms_norm(y, norm)
 
+    def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
+        return x + scale * y.float()
+
     def logits(
         self,
         x: Tensor,
@@ -198,12 +202,52 @@ class PlainOps:
             turned = params.cache.spec.hadamard
             if turned:
                 q, k, v = hadamard(q), hadamard(k), hadamard(v)
-            cache_rows.write(k, v, params.cache, step)
+            cache_rows.write((k, v), params.cache, step)
         k, v = k.to(dtype), v.to(dtype)
         out = torch.empty_like(q)
-        for rows, seen in _sequences(k, v, params, step):
+        for rows, seen in _sequences(k, v, params.cache, step):
             out[rows] = self._attend(q[rows], seen, rows, params, step)
         return (hadamard(out) if turned else out).flatten(1).to(dtype)
+
+    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> LatentHeads:
+        held = linear.take() if self.serving else _held(linear)
+        weight = held.dequantize() if isinstance(held, QuantizedWeight) else held
+        return latent.split_heads(weight, spec)
+
+    def latent_attention(
+        self,
+        queries: Tensor,
+        latents: Tensor,
+        heads: LatentHeads,
+        params: LatentParams,
+        step: StepInputs,
+    ) -> Tensor:
+        spec, dtype = params.spec, queries.dtype
+        q = queries.float().unflatten(-1, (spec.num_heads, -1))
+        nope, rotated = q.split((spec.nope_dim, spec.rope_dim), dim=-1)
+        c, key = latents.float().split((spec.latent_dim, spec.rope_dim), dim=-1)
+        c, key = rms_norm(c, params.latent_norm), key[:, None]
+        if params.rope is not None and spec.rope is not None:
+            positions = step.positions.to(torch.int64)
+            cos, sin = params.rope[0][positions], params.rope[1][positions]
+            rotated = apply_rope(rotated, cos, sin, interleaved=spec.rope.interleaved)
+            key = apply_rope(key, cos, sin, interleaved=spec.rope.interleaved)
+        cached = torch.cat((c[:, None], key), dim=-1)
+        if step.arena is not None:
+            assert params.cache is not None, "the decoder was bound without a cache"
+            cache_rows.write((cached,), params.cache, step)
+        cached = cached.to(dtype)
+        out = q.new_empty(q.shape[0], spec.num_heads, spec.value_dim)
+        for rows, seen in _sequences(cached, cached, params.cache, step):
+            mask = seen.positions < step.kv_end[rows, None]
+            part = nope[rows], rotated[rows], seen.keys[:, 0].float(), mask
+            if self.deterministic:
+                out[rows] = _latent_by_rows(*part, heads, spec)
+            elif latent.expands(part[0].shape[0], spec):
+                out[rows] = latent.expanded(*part, heads, spec)
+            else:
+                out[rows] = latent.absorbed(*part, heads, spec)
+        return out.flatten(1).to(dtype)
 
     def _attend(
         self,
@@ -215,8 +259,8 @@ class PlainOps:
     ) -> Tensor:
         """One sequence: R rows over T keys of G key-value heads; float32 [R, H, K]."""
         spec = params.spec
-        ends, positions = step.kv_end[rows, None], step.positions[rows, None]
-        mask = seen.positions < ends
+        mask = seen.positions < step.kv_end[rows, None]
+        positions = step.positions[rows, None]
         if spec.window is not None:
             mask &= seen.positions > positions - spec.window
         if seen.recent is not None:
@@ -260,7 +304,7 @@ def _weight(linear: Linear) -> Tensor:
 
 
 def _sequences(
-    k_RGK: Tensor, v_RGK: Tensor, params: AttentionParams, step: StepInputs
+    k_RGK: Tensor, v_RGK: Tensor, cache: LayerCache | None, step: StepInputs
 ) -> Iterator[tuple[slice, CachedRows]]:
     """For each sequence of the step: its rows, and the keys and values that they may see."""
     starts = step.seq_starts.tolist()
@@ -270,8 +314,27 @@ def _sequences(
             seen = CachedRows(keys=k_RGK[rows], values=v_RGK[rows], positions=step.positions[rows])
             yield rows, seen
             continue
-        assert params.cache is not None
-        yield rows, cache_rows.read(params.cache, step, rows, KEY_BLOCK)
+        assert cache is not None
+        yield rows, cache_rows.read(cache, step, rows, KEY_BLOCK)
+
+
+def _latent_by_rows(
+    nope_RHN: Tensor,
+    rotated_RHP: Tensor,
+    cached_TC: Tensor,
+    mask_RT: Tensor,
+    heads: LatentHeads,
+    spec: LatentAttentionSpec,
+) -> Tensor:
+    """Absorbed, each row by itself: its bits do not depend on the rows beside it."""
+    keys = cached_TC[:, None].expand(-1, spec.num_heads, -1)
+    values = keys[..., : spec.latent_dim]
+    rows = []
+    for nope, rotated, mask in zip(nope_RHN, rotated_RHP, mask_RT):
+        query = torch.cat((latent.to_latent(nope[None], heads)[0], rotated), dim=-1)
+        mixed = _row_by_blocks(query, keys, values, mask, spec.scale, None, None)
+        rows.append(latent.from_latent(mixed[None], heads)[0])
+    return torch.stack(rows)
 
 
 def _row_by_blocks(
@@ -284,10 +347,10 @@ def _row_by_blocks(
     sinks: Tensor | None,
 ) -> Tensor:
     """Online softmax (Milakov & Gimelshein 2018) over key blocks of one fixed shape."""
-    heads, dim = q_HK.shape
+    heads = q_HK.shape[0]
     peak = torch.full((heads,), -math.inf) if sinks is None else sinks.float().clone()
     total = torch.zeros(heads) if sinks is None else torch.ones(heads)
-    acc = torch.zeros(heads, dim)
+    acc = torch.zeros(heads, values_THK.shape[-1])
     for start in range(0, keys_THK.shape[0], KEY_BLOCK):
         mask = mask_T[start : start + KEY_BLOCK]
         if not mask.any():

@@ -11,8 +11,8 @@ import torch
 
 from skimp.cache.spec import DEFAULT_RECENT, FORMAT_BITS, CacheSpec
 from skimp.errors import OptionError
-from skimp.model.mixers.attention import cache_spec
-from skimp.model.spec import ModelSpec
+from skimp.model.mixers import cache_spec
+from skimp.model.spec import AttentionSpec, LatentAttentionSpec, ModelSpec
 
 CacheDType = Literal["auto", "bfloat16", "float32", "fp8", "int8", "int4"]
 
@@ -40,10 +40,16 @@ def cache_specs(
         if cache_hadamard:
             raise OptionError(f"cache_hadamard: cache_dtype {chosen} rounds nothing to turn for")
         return [cache_spec(layer.mixer, getattr(torch, chosen)) for layer in spec.layers]
+    for index, layer in enumerate(spec.layers):
+        if isinstance(layer.mixer, LatentAttentionSpec):
+            raise OptionError(
+                f"cache_dtype: {chosen} rounds keys and values of heads, and layer {index} has a "
+                "latent; use auto"
+            )
     recent = DEFAULT_RECENT[chosen] if cache_recent is None else cache_recent
     turned = chosen == "int4" if cache_hadamard is None else cache_hadamard
     for index, layer in enumerate(spec.layers):
-        if layer.mixer.head_dim % 2:
+        if isinstance(layer.mixer, AttentionSpec) and layer.mixer.head_dim % 2:
             field = "cache_dtype: int4" if chosen == "int4" else "cache_hadamard"
             if chosen == "int4" or turned:
                 raise OptionError(

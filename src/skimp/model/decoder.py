@@ -17,7 +17,7 @@ from skimp.cache.spec import CacheSpec
 from skimp.kernels.ops import LayerCache, Ops, StepInputs
 from skimp.model.ffn import GatedFFN
 from skimp.model.layers import Linear, RMSNorm
-from skimp.model.mixers.attention import Attention, cache_spec
+from skimp.model.mixers import cache_spec, make_mixer
 from skimp.model.rope import rope_tables
 from skimp.model.spec import LayerSpec, ModelSpec, RopeSpec
 
@@ -29,8 +29,9 @@ class DecoderLayer(nn.Module):
         def norm() -> RMSNorm:
             return RMSNorm(model.hidden_size, eps=model.norm_eps, plus_one=model.norm_plus_one)
 
+        self.spec = spec
         self.mixer_norm = norm()
-        self.mixer = Attention(
+        self.mixer = make_mixer(
             spec.mixer,
             model.hidden_size,
             norm_eps=model.norm_eps,
@@ -42,8 +43,20 @@ class DecoderLayer(nn.Module):
         self.ffn_post_norm = norm() if spec.post_norms else None
 
     def forward(self, x_RD: Tensor, ops: Ops, step: StepInputs) -> Tensor:
-        x_RD = self.mixer(x_RD, self.mixer_norm, self.mixer_post_norm, ops, step)
-        return self.ffn(x_RD, self.ffn_norm, self.ffn_post_norm, ops, step)
+        mixed = self.mixer.mix(x_RD, self.mixer_norm, ops, step)
+        x_RD = self._add(x_RD, mixed, self.mixer.out, self.mixer_post_norm, ops)
+        hidden = self.ffn.hidden(x_RD, self.ffn_norm, ops)
+        return self._add(x_RD, hidden, self.ffn.out, self.ffn_post_norm, ops)
+
+    def _add(
+        self, x_RD: Tensor, y: Tensor, matrix: Any, post_norm: RMSNorm | None, ops: Ops
+    ) -> Tensor:
+        """A sublayer's last product, added to the residual stream."""
+        if post_norm is not None:
+            return ops.add_norm(x_RD, ops.matmul(y, matrix), post_norm)
+        if self.spec.residual_scale != 1.0:
+            return ops.add_scaled(x_RD, ops.matmul(y, matrix), self.spec.residual_scale)
+        return ops.matmul(y, matrix, residual=x_RD)
 
 
 class Decoder(nn.Module):
@@ -101,4 +114,5 @@ class Decoder(nn.Module):
         x_RD = ops.embed(step, self._table, self.spec.embed_scale)
         for layer in self.layers:
             x_RD = layer(x_RD, ops, step)
-        return ops.logits(x_RD, self._head, self.norm, self.spec.logit_softcap, step)
+        logits = ops.logits(x_RD, self._head, self.norm, self.spec.logit_softcap, step)
+        return logits if self.spec.logit_scale == 1.0 else logits * self.spec.logit_scale

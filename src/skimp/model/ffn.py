@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from skimp.kernels.ops import Ops, StepInputs
+from skimp.kernels.ops import Ops
 from skimp.model.layers import Linear, RMSNorm
 from skimp.model.spec import GatedFFNSpec
 
@@ -23,10 +23,11 @@ class GatedFFN(nn.Module):
         self._gate_up: Any = ops.pack((self.gate_proj, self.up_proj), "gated")
         self._down: Any = ops.pack((self.down_proj,))
 
-    def forward(
-        self, x_RD: Tensor, norm: RMSNorm, post_norm: RMSNorm | None, ops: Ops, step: StepInputs
-    ) -> Tensor:
-        hidden = ops.matmul(x_RD, self._gate_up, norm=norm, activation=self.spec.activation)
-        if post_norm is None:
-            return ops.matmul(hidden, self._down, residual=x_RD)
-        return ops.add_norm(x_RD, ops.matmul(hidden, self._down), post_norm)
+    def hidden(self, x_RD: Tensor, norm: RMSNorm, ops: Ops) -> Tensor:
+        """[R, intermediate_size]: what enters the last product."""
+        return ops.matmul(x_RD, self._gate_up, norm=norm, activation=self.spec.activation)
+
+    @property
+    def out(self) -> Any:
+        """The last matrix as the backend holds it."""
+        return self._down

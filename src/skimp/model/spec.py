@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from skimp.formats.weight import WeightFormat
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
+Shape = tuple[int, int]  # in_features, out_features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,92 @@ class AttentionSpec:
     def kv_dim(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def flops_per_pair(self) -> int:
+        """Of a query and a key that it sees, all heads: a multiply-add is two."""
+        return 4 * self.q_dim
+
+    def matrices(self, hidden_size: int) -> dict[str, Shape]:
+        return {
+            "q_proj": (hidden_size, self.q_dim),
+            "k_proj": (hidden_size, self.kv_dim),
+            "v_proj": (hidden_size, self.kv_dim),
+            "o_proj": (self.q_dim, hidden_size),
+        }
+
+    def vector_numbers(self, hidden_size: int) -> int:
+        """In norms, biases and sinks."""
+        total = 2 * self.head_dim if self.qk_norm else 0
+        total += self.q_dim + 2 * self.kv_dim if self.qkv_bias else 0
+        total += hidden_size if self.out_bias else 0
+        return total + (self.num_heads if self.sinks else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionSpec:
+    """Multi-head latent attention (MLA, DeepSeek-V2 2024): a token is remembered as ``latent_dim``
+    normed numbers, from which every head's key and value are made, and one rotated key of
+    ``rope_dim`` numbers that all heads share."""
+
+    num_heads: int
+    latent_dim: int
+    rope_dim: int
+    nope_dim: int  # of a head's query and key, without rotation
+    value_dim: int  # of a head
+    rope: RopeSpec | None
+    scale: float
+    query_latent_dim: int | None = None  # queries come of a normed latent, too
+    latent_eps: float = 1e-6  # of the latents' norms
+    in_bias: bool = False  # of the projections into latents
+    out_bias: bool = False
+
+    window: ClassVar[None] = None
+
+    @property
+    def query_dim(self) -> int:
+        """Of all heads' queries, the rotated parts included."""
+        return self.num_heads * (self.nope_dim + self.rope_dim)
+
+    @property
+    def cached_dim(self) -> int:
+        """Numbers a token that are remembered."""
+        return self.latent_dim + self.rope_dim
+
+    @property
+    def out_dim(self) -> int:
+        """Numbers a token that enter the output projection."""
+        return self.num_heads * self.value_dim
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Of a query and a key that it sees, all heads, queries brought to the latent."""
+        return 2 * self.num_heads * (2 * self.latent_dim + self.rope_dim)
+
+    def matrices(self, hidden_size: int) -> dict[str, Shape]:
+        if self.query_latent_dim is None:
+            queries = {"q_proj": (hidden_size, self.query_dim)}
+        else:
+            queries = {
+                "q_a_proj": (hidden_size, self.query_latent_dim),
+                "q_b_proj": (self.query_latent_dim, self.query_dim),
+            }
+        heads = self.num_heads * (self.nope_dim + self.value_dim)
+        return queries | {
+            "kv_a_proj": (hidden_size, self.cached_dim),
+            "kv_b_proj": (self.latent_dim, heads),
+            "o_proj": (self.out_dim, hidden_size),
+        }
+
+    def vector_numbers(self, hidden_size: int) -> int:
+        """In norms and biases."""
+        latents = self.query_latent_dim or 0
+        total = self.latent_dim + latents
+        total += self.cached_dim + latents if self.in_bias else 0
+        return total + (hidden_size if self.out_bias else 0)
+
+
+MixerSpec = AttentionSpec | LatentAttentionSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatedFFNSpec:
@@ -68,12 +155,37 @@ class GatedFFNSpec:
     activation: Activation = "silu"
     bias: bool = False
 
+    def matrices(self, hidden_size: int) -> dict[str, Shape]:
+        return {
+            "gate_proj": (hidden_size, self.intermediate_size),
+            "up_proj": (hidden_size, self.intermediate_size),
+            "down_proj": (self.intermediate_size, hidden_size),
+        }
+
+    def vector_numbers(self, hidden_size: int) -> int:
+        return 2 * self.intermediate_size + hidden_size if self.bias else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    mixer: AttentionSpec
+    mixer: MixerSpec
     ffn: GatedFFNSpec
     post_norms: bool = False  # gemma: each sublayer's output is normed before it is added
+    residual_scale: float = 1.0  # of what each sublayer adds
+
+    def matrices(self, hidden_size: int) -> dict[str, Shape]:
+        """Of every matrix, by its name in the layer (``mixer.q_proj``), in the decoder's order."""
+        parts = (("mixer", self.mixer), ("ffn", self.ffn))
+        return {
+            f"{part}.{name}": shape
+            for part, spec in parts
+            for name, shape in spec.matrices(hidden_size).items()
+        }
+
+    def vector_numbers(self, hidden_size: int) -> int:
+        """Numbers in norms, biases and sinks."""
+        norms = hidden_size * (4 if self.post_norms else 2)
+        return norms + sum(p.vector_numbers(hidden_size) for p in (self.mixer, self.ffn))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +206,7 @@ class ModelSpec:
     norm_plus_one: bool = False  # gemma stores RMSNorm weights minus one
     embed_scale: float = 1.0
     logit_softcap: float | None = None
+    logit_scale: float = 1.0
     dtype: str = "bfloat16"  # of the checkpoint: float32, bfloat16 or float16
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from skimp.errors import ShrinkError
 from skimp.formats.weight import QuantizedWeight
+from skimp.model.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +33,26 @@ def require_dense(spec: ModelSpec, kind: str) -> None:
         raise ShrinkError(
             f"{kind}: {name} is {spec.formats[name].name} already; put {kind} before quantize"
         )
+
+
+def require_attention(spec: ModelSpec, kind: str) -> tuple[AttentionSpec, ...]:
+    """Each layer's mixer. Raises ShrinkError unless all have keys and values of heads."""
+    found = []
+    for index, layer in enumerate(spec.layers):
+        if not isinstance(layer.mixer, AttentionSpec):
+            raise ShrinkError(
+                f"{kind}: layer {index} has latent attention, which {kind} cannot take"
+            )
+        found.append(layer.mixer)
+    return tuple(found)
+
+
+def largest_layer(spec: ModelSpec) -> int:
+    """Weights of the layer that has most."""
+    return max(
+        sum(n_in * n_out for n_in, n_out in layer.matrices(spec.hidden_size).values())
+        for layer in spec.layers
+    )
 
 
 def dense(tensors: Tensors) -> dict[str, Tensor]:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from skimp.errors import ShrinkError
-from skimp.shrink.fold import READERS, absorb_norm, gain, narrow, require_dense, wide
+from skimp.shrink.fold import (
+    READERS,
+    absorb_norm,
+    gain,
+    narrow,
+    require_attention,
+    require_dense,
+    wide,
+)
 from skimp.shrink.hadamard import MatrixKind, Rotation, rotation
 from skimp.shrink.step import Axis, Need, Unit, UnitResult
 
@@ -42,6 +50,7 @@ class Rotate(BaseModel):
 
     def need(self, spec: ModelSpec) -> Need:
         require_dense(spec, self.kind)
+        require_attention(spec, self.kind)
         if not (self.residual or self.values):
             raise ShrinkError("residual: both residual and values are false, nothing would rotate")
         if self.residual and any(layer.post_norms for layer in spec.layers):
@@ -106,7 +115,7 @@ class Rotate(BaseModel):
 
     def _rotate_values(self, unit: Unit, run: Run, tensors: dict[str, Tensor]) -> None:
         assert unit.layer is not None
-        mixer = unit.spec.layers[unit.layer].mixer
+        mixer = require_attention(unit.spec, self.kind)[unit.layer]
         turn, exact = rotation(mixer.head_dim, self.matrix, self.seed + 1 + unit.layer)
         if not exact and unit.layer == 0:
             run.note(

@@ -10,7 +10,17 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from skimp.errors import ShrinkError
 from skimp.formats.weight import WeightFormat
-from skimp.shrink.fold import READERS, dense, divide_norm, narrow, require_dense, storable, wide
+from skimp.shrink.fold import (
+    READERS,
+    dense,
+    divide_norm,
+    largest_layer,
+    narrow,
+    require_attention,
+    require_dense,
+    storable,
+    wide,
+)
 from skimp.shrink.step import Axis, Need, UnitResult
 
 if TYPE_CHECKING:
@@ -40,13 +50,10 @@ class Smooth(BaseModel):
 
     def need(self, spec: ModelSpec) -> Need:
         require_dense(spec, self.kind)
+        require_attention(spec, self.kind)
         widest = max(layer.ffn.intermediate_size for layer in spec.layers)
         # The layer in float64, and in float32 for the forward that looks and the one that leaves.
-        largest = max(
-            spec.hidden_size
-            * (2 * m.mixer.q_dim + 2 * m.mixer.kv_dim + 3 * m.ffn.intermediate_size)
-            for m in spec.layers
-        )
+        largest = largest_layer(spec)
         rows = 0 if self.alpha != "auto" else 4 * KEPT_ROWS * (2 * spec.hidden_size + widest)
         return Need(calibration=True, extra_bytes=(8 + 4) * largest + rows)
 

@@ -14,7 +14,7 @@ from skimp.kernels.native.library import (
     set_threads,
 )
 from skimp.kernels.native.matrix import PackedMatrix, PackedStack
-from skimp.kernels.native.program import NativeOps, Program
+from skimp.kernels.native.program import NativeOps, Program, lacks
 
 __all__ = [
     "NativeOps",
@@ -27,5 +27,6 @@ __all__ = [
     "describe",
     "get_threads",
     "instruction_set",
+    "lacks",
     "set_threads",
 ]

@@ -16,9 +16,9 @@ from skimp.kernels.native.library import library
 from skimp.kernels.native.matrix import PackedMatrix, PackedStack
 from skimp.kernels.native.memory import PanelMemory
 from skimp.kernels.native.workspace import Workspace
-from skimp.kernels.ops import AttentionParams, LayerCache, PackLayout, StepInputs
+from skimp.kernels.ops import AttentionParams, LatentParams, LayerCache, PackLayout, StepInputs
 from skimp.model.layers import Linear, RMSNorm
-from skimp.model.spec import Activation
+from skimp.model.spec import Activation, LatentAttentionSpec, ModelSpec
 
 
 class Program:
@@ -259,6 +259,17 @@ class NativeOps:
         program.append(op, factor, *program.external(x, y))
         return x
 
+    def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
+        raise NotImplementedError("see lacks()")
+
+    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Any:
+        raise NotImplementedError("see lacks()")
+
+    def latent_attention(
+        self, queries: Tensor, latents: Tensor, heads: Any, params: LatentParams, step: StepInputs
+    ) -> Tensor:
+        raise NotImplementedError("see lacks()")
+
     def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
         program = self.program
         spec, cache = params.spec, params.cache
@@ -326,6 +337,15 @@ class NativeOps:
         )
         program.append(attend, sinks)
         return out
+
+
+def lacks(spec: ModelSpec) -> str | None:
+    """What of a model these kernels do not compute, in words; None if they serve all of it."""
+    if any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers):
+        return "latent attention"
+    if spec.logit_scale != 1.0 or any(layer.residual_scale != 1.0 for layer in spec.layers):
+        return "scaled residuals and logits"
+    return None
 
 
 def _pages(cache: LayerCache | None, step: StepInputs) -> structs.CachePages:

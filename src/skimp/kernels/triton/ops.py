@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
+from skimp.kernels.ops import AttentionParams, LatentParams, PackLayout, StepInputs
 from skimp.kernels.triton import linear as layers
 from skimp.kernels.triton import rows
 from skimp.kernels.triton.attention import AttentionPlan, paged_attention, plan_attention
 from skimp.kernels.triton.launch import use_pdl
 from skimp.kernels.triton.linear import Matrix
 from skimp.model.layers import Linear, RMSNorm, stacked_bias
-from skimp.model.spec import Activation
+from skimp.model.spec import Activation, LatentAttentionSpec, ModelSpec
 
 PLANS_KEPT = 64
+
+
+def lacks(spec: ModelSpec) -> str | None:
+    """What of a model these kernels do not compute, in words; None if they serve all of it."""
+    if any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers):
+        return "latent attention"
+    return None
 
 
 class TritonOps:
@@ -74,6 +82,17 @@ class TritonOps:
 
     def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
         return rows.add_norm(x, y, self._factor(norm), norm.eps)
+
+    def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
+        return torch.add(x, y, alpha=scale)
+
+    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Any:
+        raise NotImplementedError("see lacks()")
+
+    def latent_attention(
+        self, queries: Tensor, latents: Tensor, heads: Any, params: LatentParams, step: StepInputs
+    ) -> Tensor:
+        raise NotImplementedError("see lacks()")
 
     def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
         plan = self._plan(params, step, qkv)

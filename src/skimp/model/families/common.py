@@ -177,6 +177,18 @@ def read_dtype(read: ConfigReader) -> str:
     return found.pop() if found else "float32"
 
 
+def softmax_mixers(spec: ModelSpec) -> list[AttentionSpec]:
+    """Each layer's mixer; ConfigError if one is of a kind that the class does not have."""
+    found = []
+    for i, layer in enumerate(spec.layers):
+        if not isinstance(layer.mixer, AttentionSpec):
+            raise ConfigError(
+                f"model_type={spec.family!r} has no latent attention, as in layer {i}"
+            )
+        found.append(layer.mixer)
+    return found
+
+
 # ---- tensor names -----------------------------------------------------------------------------
 
 LLAMA_NORMS: Final = {"mixer_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
@@ -189,8 +201,7 @@ def llama_tensor_names(
     names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     if not spec.tie_embeddings:
         names["lm_head.weight"] = "lm_head.weight"
-    for i, layer in enumerate(spec.layers):
-        mixer = layer.mixer
+    for i, (layer, mixer) in enumerate(zip(spec.layers, softmax_mixers(spec))):
         matrices = {f"mixer.{p}_proj": (f"self_attn.{p}_proj", mixer.qkv_bias) for p in "qkv"}
         matrices["mixer.o_proj"] = ("self_attn.o_proj", mixer.out_bias)
         for p in ("gate", "up", "down"):
@@ -215,7 +226,7 @@ def stored_name(name: str) -> str | None:
 def base_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     """The fields all families write the same way, after those kept from the source."""
     first = spec.layers[0]
-    mixer = first.mixer
+    mixer = softmax_mixers(spec)[0]
     eos = list(spec.eos_token_ids)
     # What the source says, unless a converter has moved the spec to another class since.
     kept = spec.config.get("architectures") or [""]

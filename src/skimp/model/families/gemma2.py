@@ -32,5 +32,5 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
     config = write_gemma(spec, "Gemma2ForCausalLM")
-    config["attn_logit_softcapping"] = spec.layers[0].mixer.softcap
+    config["attn_logit_softcapping"] = common.softmax_mixers(spec)[0].softcap
     return common.checked(config, spec, to_spec)

@@ -163,7 +163,7 @@ def tensor_names(spec: ModelSpec) -> Mapping[str, str]:
 
 def write_gemma(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     """What Gemma 2 and 3 share, the rope of global layers included."""
-    first = spec.layers[0].mixer
+    first = common.softmax_mixers(spec)[0]
     config = common.base_config(spec, architecture) | common.write_windows(spec)
     config["hidden_activation"] = config.pop("hidden_act")
     if config["sliding_window"] is None:

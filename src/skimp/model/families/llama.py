@@ -40,7 +40,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
-    first = spec.layers[0]
     config = common.base_config(spec, "LlamaForCausalLM")
-    config |= {"attention_bias": first.mixer.qkv_bias, "mlp_bias": first.ffn.bias}
+    config["attention_bias"] = common.softmax_mixers(spec)[0].qkv_bias
+    config["mlp_bias"] = spec.layers[0].ffn.bias
     return common.checked(config, spec, to_spec)

@@ -23,5 +23,5 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
     config = write_qwen(spec, "Qwen3ForCausalLM")
-    config["attention_bias"] = spec.layers[0].mixer.qkv_bias
+    config["attention_bias"] = common.softmax_mixers(spec)[0].qkv_bias
     return common.checked(config, spec, to_spec)

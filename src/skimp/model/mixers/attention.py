@@ -56,11 +56,12 @@ class Attention(nn.Module):
             cache=cache,
         )
 
-    def forward(
-        self, x_RD: Tensor, norm: RMSNorm, post_norm: RMSNorm | None, ops: Ops, step: StepInputs
-    ) -> Tensor:
+    def mix(self, x_RD: Tensor, norm: RMSNorm, ops: Ops, step: StepInputs) -> Tensor:
+        """[R, q_dim]: what enters the output projection."""
         qkv = ops.matmul(x_RD, self._qkv, norm=norm)
-        mixed = ops.attention(qkv, self._params, step)
-        if post_norm is None:
-            return ops.matmul(mixed, self._out, residual=x_RD)
-        return ops.add_norm(x_RD, ops.matmul(mixed, self._out), post_norm)
+        return ops.attention(qkv, self._params, step)
+
+    @property
+    def out(self) -> Any:
+        """The output projection as the backend holds it."""
+        return self._out

@@ -12,7 +12,7 @@ from torch import Tensor
 from skimp.formats.weight import QuantizedWeight, WeightFormat
 from skimp.kernels.plain import rms_norm
 from skimp.shrink.capture import GROUPS, LayerRunner, final_norm
-from skimp.shrink.fold import divide_norm, gain, narrow, wide
+from skimp.shrink.fold import divide_norm, gain, narrow, require_attention, wide
 from skimp.shrink.quantize.awq import search_factors
 from skimp.shrink.quantize.gptq import gptq
 from skimp.shrink.quantize.rtn import moment_blocks, rtn, stored_scale_dtype
@@ -101,7 +101,7 @@ def awq_layer(
 def _foldable(unit: Unit, group: str) -> bool:
     """Whether something before the group can take 1 / s: not values that heads share."""
     assert unit.layer is not None
-    mixer = unit.spec.layers[unit.layer].mixer
+    mixer = require_attention(unit.spec, "quantize")[unit.layer]
     return group != "mixer.o_proj" or mixer.num_heads == mixer.num_kv_heads
 
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from skimp.errors import ShrinkError, shown
 from skimp.formats.weight import QuantizedWeight, WeightFormat
+from skimp.shrink.fold import largest_layer, require_attention
 from skimp.shrink.step import Axis, Need, UnitResult
 
 if TYPE_CHECKING:
@@ -134,15 +135,12 @@ class Quantize(BaseModel):
     # ---- plan -----------------------------------------------------------------------------
 
     def need(self, spec: ModelSpec) -> Need:
+        require_attention(spec, self.kind)
         targets = self.formats(spec) if self.target_bits is None else self._targets(spec)
         if not targets and self.target_bits is None:
             return Need()
-        mixers = [layer.mixer for layer in spec.layers]
         widest = max(spec.hidden_size, *(layer.ffn.intermediate_size for layer in spec.layers))
-        layer = max(
-            spec.hidden_size * (2 * m.q_dim + 2 * m.kv_dim + 3 * s.ffn.intermediate_size)
-            for m, s in zip(mixers, spec.layers)
-        )
+        layer = largest_layer(spec)
         extra = 5 * layer
         if self.method in CALIBRATED:
             # The layer in float32, moments and their factors in float64.
@@ -309,14 +307,8 @@ def _inputs(spec: ModelSpec) -> dict[str, int]:
     """Inputs of every matrix, in the decoder's order."""
     widths = {"embed_tokens": spec.hidden_size}
     for i, layer in enumerate(spec.layers):
-        for group in GROUPS:
-            for name in group:
-                width = spec.hidden_size
-                if name == "mixer.o_proj":
-                    width = layer.mixer.q_dim
-                elif name == "ffn.down_proj":
-                    width = layer.ffn.intermediate_size
-                widths[f"layers.{i}.{name}"] = width
+        for name, (width, _) in layer.matrices(spec.hidden_size).items():
+            widths[f"layers.{i}.{name}"] = width
     if not spec.tie_embeddings:
         widths["lm_head"] = spec.hidden_size
     return widths
