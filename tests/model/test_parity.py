@@ -10,8 +10,9 @@ import torch
 
 from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
+from skimp.kernels import native
 from skimp.model import families
-from skimp.model.loading import load_decoder
+from skimp.model.loading import load_decoder, load_spec
 
 LENGTH = 70
 TOLERANCE = 1e-4  # standard deviations of the logits
@@ -41,6 +42,14 @@ YARN = {
     "rope_theta": 10000.0,
     "factor": 8.0,
     "original_max_position_embeddings": 32,
+}
+MLA = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 20,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 14,
 }
 S, F = "sliding_attention", "full_attention"
 CASES: dict[str, dict[str, Any]] = {
@@ -156,6 +165,35 @@ CASES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 5,
         "mlp_bias": True,
     },
+    "deepseek-v3-dense": MLA | {"model_type": "deepseek_v3", "first_k_dense_replace": 3},
+    "deepseek-v3-query-latent": MLA
+    | {
+        "model_type": "deepseek_v3",
+        "first_k_dense_replace": 3,
+        "q_lora_rank": 24,
+        "attention_bias": True,
+        "rope_interleave": False,
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+        "qk_rope_head_dim": 16,
+    },
+    "deepseek-v2-dense": MLA
+    | {
+        "model_type": "deepseek_v2",
+        "first_k_dense_replace": 3,
+        "q_lora_rank": 24,
+        "mlp_bias": True,
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+    },
+    "minicpm3": MLA
+    | {
+        "model_type": "minicpm3",
+        "q_lora_rank": 24,
+        "scale_depth": 1.4,
+        "scale_emb": 3,
+        "dim_model_base": 16,
+        "rms_norm_eps": 1e-5,
+    },
+    "youtu": MLA | {"model_type": "youtu", "q_lora_rank": 24},
     "cwm-plain-rope": {
         "model_type": "cwm",
         "head_dim": 12,
@@ -172,6 +210,11 @@ def tokens() -> list[int]:
     ).tolist()
 
 
+def backends(directory: Any) -> list[str]:
+    missing = native.lacks(load_spec(directory))
+    return ["plain"] if missing else ["plain", "native"]
+
+
 @pytest.mark.filterwarnings("ignore:.*dynamic.*")
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case: str, make_oracle: Any, tools: Any) -> None:
@@ -181,7 +224,7 @@ def test_logits_equal_transformers(case: str, make_oracle: Any, tools: Any) -> N
     whole = tools.whole(load_decoder(oracle.directory), tokens())
     assert tools.distance(whole, expected) < TOLERANCE
     for chunks in ([33, 1, 36], [LENGTH], [50] + [1] * 20):
-        for backend in ("plain", "native"):
+        for backend in backends(oracle.directory):
             ours = tools.cached(load_decoder(oracle.directory), tokens(), chunks, backend)
             assert tools.distance(ours, expected) < TOLERANCE, (backend, chunks)
 

@@ -85,13 +85,28 @@ def _yarn(wavelengths: Tensor, spec: RopeSpec, scaling: Mapping[str, Any]) -> Te
     return 1.0 / (scaling["factor"] * wavelengths) * (1 - keep) + 1.0 / wavelengths * keep
 
 
+def yarn_softmax_factor(scaling: Mapping[str, Any] | None) -> float:
+    """What DeepSeek's classes multiply the softmax scale by: the square of ``mscale_all_dim``'s
+    growth."""
+    if scaling is None or not scaling.get("mscale_all_dim"):
+        return 1.0
+    return _grown(scaling["factor"], scaling["mscale_all_dim"]) ** 2
+
+
+def _grown(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
 def yarn_attention_factor(scaling: Mapping[str, Any]) -> float:
     """The factor on cosine and sine: given, or from ``factor`` and DeepSeek's two ``mscale``."""
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
 
-    def grow(mscale: float) -> float:
-        return 1.0 if scaling["factor"] <= 1 else 0.1 * mscale * math.log(scaling["factor"]) + 1.0
-
-    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    return grow(mscale) / grow(all_dim) if mscale and all_dim else grow(1.0)
+    mscale, all_dim, factor = (
+        scaling.get("mscale"),
+        scaling.get("mscale_all_dim"),
+        scaling["factor"],
+    )
+    if mscale and all_dim:
+        return _grown(factor, mscale) / _grown(factor, all_dim)
+    return _grown(factor, 1.0)

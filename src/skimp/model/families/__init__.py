@@ -16,7 +16,20 @@ from skimp.errors import ConfigError, shown
 from skimp.formats.checkpoints import spelling
 from skimp.model.spec import ModelSpec
 
-MODEL_TYPES = ("cwm", "gemma2", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = (
+    "cwm",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "llama",
+    "minicpm3",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "youtu",
+)
 
 
 class Family(Protocol):

@@ -13,7 +13,9 @@ from skimp.model.spec import (
     Activation,
     AttentionSpec,
     GatedFFNSpec,
+    LatentAttentionSpec,
     LayerSpec,
+    MixerSpec,
     ModelSpec,
     RopeSpec,
 )
@@ -123,7 +125,7 @@ def read_windows(
 def make_spec(
     read: ConfigReader,
     sizes: Sizes,
-    mixers: Sequence[AttentionSpec],
+    mixers: Sequence[MixerSpec],
     *,
     norm_eps: float = 1e-6,
     activation: Activation,
@@ -133,6 +135,8 @@ def make_spec(
     norm_plus_one: bool = False,
     embed_scale: float = 1.0,
     logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    residual_scale: float = 1.0,
     bos: int | None = None,
     eos: int | None = None,
     pad: int | None = None,
@@ -149,13 +153,17 @@ def make_spec(
         family=read.family,
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
-        layers=tuple(LayerSpec(mixer=m, ffn=ffn, post_norms=post_norms) for m in mixers),
+        layers=tuple(
+            LayerSpec(mixer=m, ffn=ffn, post_norms=post_norms, residual_scale=residual_scale)
+            for m in mixers
+        ),
         norm_eps=read.number("rms_norm_eps", norm_eps),
         max_positions=sizes.max_positions,
         tie_embeddings=read.boolean("tie_word_embeddings", tie_embeddings),
         norm_plus_one=norm_plus_one,
         embed_scale=embed_scale,
         logit_softcap=logit_softcap,
+        logit_scale=logit_scale,
         dtype=read_dtype(read),
         bos_token_id=read.token_id("bos_token_id", bos, sizes.vocab_size),
         eos_token_ids=read.token_ids("eos_token_id", eos, sizes.vocab_size),
@@ -201,18 +209,38 @@ def llama_tensor_names(
     names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
     if not spec.tie_embeddings:
         names["lm_head.weight"] = "lm_head.weight"
-    for i, (layer, mixer) in enumerate(zip(spec.layers, softmax_mixers(spec))):
-        matrices = {f"mixer.{p}_proj": (f"self_attn.{p}_proj", mixer.qkv_bias) for p in "qkv"}
-        matrices["mixer.o_proj"] = ("self_attn.o_proj", mixer.out_bias)
+    for i, layer in enumerate(spec.layers):
+        matrices = _mixer_names(layer.mixer)
         for p in ("gate", "up", "down"):
             matrices[f"ffn.{p}_proj"] = (f"mlp.{p}_proj", layer.ffn.bias)
-        if mixer.qk_norm:
-            matrices |= {f"mixer.{p}_norm": (f"self_attn.{p}_norm", False) for p in "qk"}
         matrices |= {ours: (theirs, False) for ours, theirs in norms.items()}
         for ours, (theirs, bias) in matrices.items():
             for kind in ("weight", "bias") if bias else ("weight",):
                 names[f"layers.{i}.{ours}.{kind}"] = f"model.layers.{i}.{theirs}.{kind}"
     return names
+
+
+def _mixer_names(mixer: MixerSpec) -> dict[str, tuple[str, bool]]:
+    """Our name → theirs, and whether there is a bias."""
+    if isinstance(mixer, LatentAttentionSpec):
+        found = {
+            "kv_a_proj": ("kv_a_proj_with_mqa", mixer.in_bias),
+            "kv_a_norm": ("kv_a_layernorm", False),
+            "kv_b_proj": ("kv_b_proj", False),
+            "o_proj": ("o_proj", mixer.out_bias),
+        }
+        if mixer.query_latent_dim is None:
+            found["q_proj"] = ("q_proj", False)
+        else:
+            found["q_a_proj"] = ("q_a_proj", mixer.in_bias)
+            found["q_a_norm"] = ("q_a_layernorm", False)
+            found["q_b_proj"] = ("q_b_proj", False)
+    else:
+        found = {f"{p}_proj": (f"{p}_proj", mixer.qkv_bias) for p in "qkv"}
+        found["o_proj"] = ("o_proj", mixer.out_bias)
+        if mixer.qk_norm:
+            found |= {f"{p}_norm": (f"{p}_norm", False) for p in "qk"}
+    return {f"mixer.{ours}": (f"self_attn.{name}", bias) for ours, (name, bias) in found.items()}
 
 
 def stored_name(name: str) -> str | None:
@@ -224,9 +252,19 @@ def stored_name(name: str) -> str | None:
 
 
 def base_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
+    """The fields that families with heads of keys and values write the same way."""
+    mixer = softmax_mixers(spec)[0]
+    return decoder_config(spec, architecture) | {
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_kv_heads,
+        "head_dim": mixer.head_dim,
+        **write_rope(mixer.rope),
+    }
+
+
+def decoder_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
     """The fields all families write the same way, after those kept from the source."""
     first = spec.layers[0]
-    mixer = softmax_mixers(spec)[0]
     eos = list(spec.eos_token_ids)
     # What the source says, unless a converter has moved the spec to another class since.
     kept = spec.config.get("architectures") or [""]
@@ -239,9 +277,6 @@ def base_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
         "hidden_size": spec.hidden_size,
         "intermediate_size": first.ffn.intermediate_size,
         "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": mixer.num_heads,
-        "num_key_value_heads": mixer.num_kv_heads,
-        "head_dim": mixer.head_dim,
         "hidden_act": ACTIVATION_NAMES[first.ffn.activation],
         "max_position_embeddings": spec.max_positions,
         "rms_norm_eps": spec.norm_eps,
@@ -250,7 +285,6 @@ def base_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": spec.pad_token_id,
         "torch_dtype": spec.dtype,
-        **write_rope(mixer.rope),
     }
 
 

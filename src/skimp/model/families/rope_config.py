@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from skimp.errors import shown
@@ -33,9 +34,14 @@ KEYS: Final[Mapping[str, frozenset[str]]] = {
 
 
 def read_rope(
-    read: ConfigReader, *, head_dim: int, max_positions: int, theta: float = 10_000.0
+    read: ConfigReader,
+    *,
+    head_dim: int,
+    max_positions: int,
+    theta: float = 10_000.0,
+    interleaved: bool = False,
 ) -> RopeSpec:
-    """One RoPE for all layers; ``theta`` is the class's default.
+    """One RoPE for all layers; ``theta`` and ``interleaved`` are the class's.
 
     transformers 5 prefers ``rope_scaling`` over ``rope_parameters``; both may be there only if
     they say the same.
@@ -53,9 +59,12 @@ def read_rope(
     specs = list(found.values())
     if len(specs) == 2 and specs[0] != specs[1]:
         raise read.refuse("rope_scaling and rope_parameters disagree")
-    if specs:
-        return specs[0]
-    return rope_from(read, "rope_parameters", {}, outer, head_dim, max_positions, theta)
+    found_rope = (
+        specs[0]
+        if specs
+        else rope_from(read, "rope_parameters", {}, outer, head_dim, max_positions, theta)
+    )
+    return replace(found_rope, interleaved=interleaved)
 
 
 def rope_from(
