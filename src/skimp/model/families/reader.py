@@ -31,7 +31,7 @@ IRRELEVANT: Final = frozenset(
     bad_words_ids num_return_sequences output_scores return_dict_in_generate
     remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens transformers.js_config unsloth_version unsloth_fixed
-    max_window_layers
+    max_window_layers embedding_initializer_range
     """.split()  # noqa: SIM905 (a literal of fifty strings is harder to read)
 )
 # An unknown field that sounds like one of these may change the result, so it is refused.
@@ -49,6 +49,7 @@ class ConfigReader:
         self.family = family
         self._config = config
         self._read: set[str] = {"model_type"}
+        self._unused: set[str] = set()
 
     def refuse(self, message: str) -> ConfigError:
         return ConfigError(f"{self.family} config: {message}")
@@ -68,6 +69,10 @@ class ConfigReader:
     def keep(self, name: str) -> None:
         """Write this field back as it was, though it has been read."""
         self._read.discard(name)
+
+    def keep_unused(self, name: str) -> None:
+        """Write this field back as it was: here it has no meaning."""
+        self._unused.add(name)
 
     def integer(
         self, name: str, default: Any = REQUIRED, *, least: int = 1, most: int = LARGEST
@@ -151,6 +156,7 @@ class ConfigReader:
         Raises ConfigError for one that may change the result, warns about one that is unknown.
         """
         rest = {name: value for name, value in self._config.items() if name not in self._read}
+        unused = {n: value for n, value in self._config.items() if n in self._unused}
         for name, value in rest.items():
             if name in IRRELEVANT or name.startswith("_") or not value:
                 continue
@@ -160,7 +166,7 @@ class ConfigReader:
                 raise self.refuse(f"{name}={shown(value)} is not a field of this class")
             else:
                 self.warn(f"{name}={shown(value)} is unknown and skipped")
-        return rest
+        return rest | unused
 
     def warn(self, message: str) -> None:
         warnings.warn(f"{self.family} config: {message}", SkimpWarning, stacklevel=2)
