@@ -35,7 +35,7 @@ from skimp.model.spec import AttentionSpec
 MOST_SPLITS = 64
 MOST_SUMMED = 8192  # numbers of one row's shares that a program can add up in its registers
 BALANCED_ROWS = 1024  # up to here each program adds up all lengths to choose its share
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,7 @@ class AttentionPlan:
     deterministic: bool
     fused: bool
     launches: tuple[Launch, ...]
+    apart: bool = False  # shares are left for another kernel to add up
     whole: tuple[int, ...] = ()  # first rows of prompts that PyTorch's kernel takes, then the end
     partial: Tensor | None = field(default=None, compare=False, repr=False)
     levels: Tensor | None = field(default=None, compare=False, repr=False)
@@ -109,6 +110,7 @@ def plan_attention(
     splits: int | None = None,
     least_blocks: int | None = None,
     lone_blocks: int | None = None,
+    most_splits: int | None = None,
     few: Tile | None = None,
     many: Tile | None = None,
 ) -> AttentionPlan:
@@ -117,9 +119,10 @@ def plan_attention(
     ``whole`` are the first rows of the sequences, then their end, if all are causal prompts from
     position 0: PyTorch's own kernel then attends where it can. ``most_rows`` bounds the rows of
     one sequence, ``context`` any ``kv_end``; with ``most_rows`` 1, row i is a sequence of its own.
-    ``dtype`` is that of the arithmetic, ``low_bit`` says that the cache's is narrower. It
-    allocates: call it outside of a graph's capture, and keep the plan as long as the graph. The
-    other arguments are for tuning.
+    ``dtype`` is that of the arithmetic, ``low_bit`` says that the cache's is narrower. With
+    ``most_splits``, single rows' shares are left ``apart``, up to that many of a row. It allocates:
+    call it outside of a graph's capture, and keep the plan as long as the graph. The other
+    arguments are for tuning.
     """
     group = spec.num_heads // spec.num_kv_heads
     padded = triton.next_power_of_2(spec.head_dim)
@@ -167,7 +170,7 @@ def plan_attention(
             kv_heads=spec.num_kv_heads,
             processors=processors,
             context=context,
-            most=min(MOST_SPLITS, MOST_SUMMED // padded),
+            most=most_splits or min(MOST_SPLITS, MOST_SUMMED // padded),
         )
         for launch in launches
     ]
@@ -189,6 +192,7 @@ def plan_attention(
         deterministic=deterministic,
         fused=fused,
         launches=tuple(planned),
+        apart=most_splits is not None and any(launch.splits > 1 for launch in planned),
         whole=() if deterministic else whole,
         **scratch,
     )
@@ -248,8 +252,23 @@ def paged_attention(
             vendor.attend(q, out, params.spec, plan.whole)
             return out
         q_stride = layer.q_dim
+    attend(layer, plan, q, q_stride, out, step)
+    return out
+
+
+def attend(
+    layer: Any, plan: AttentionPlan, q: Tensor, q_stride: int, out: Tensor, step: StepInputs
+) -> None:
+    """The launches of a plan, over what ``layer`` says of the cache, into ``out``. Shares that are
+    to be ``apart`` stay in the plan's scratch memory instead."""
+    rows = out.shape[0]
+    assert step.arena is not None
+    arena, scales, recent = layer.views(step.arena)
+    table = step.block_tables[layer.group]
+    recent_table = None if layer.recent_group is None else step.block_tables[layer.recent_group]
+    recent_stride = 0 if recent_table is None else recent_table.stride(0)
     balanced = triton.next_power_of_2(rows) if rows <= BALANCED_ROWS else 0
-    pdl = plan.fused and use_pdl(qkv.device)
+    pdl = plan.fused and use_pdl(out.device)
     for launch in plan.launches:
         tile = launch.tile
         attention_kernel[(launch.tiles, layer.kv_heads, launch.splits)](
@@ -277,15 +296,19 @@ def paged_attention(
             launch.least_rows,
             launch.target,
             q_stride,
-            *strides,
+            table.stride(0),
+            recent_stride,
+            layer.offset,
+            layer.recent_offset,
             **layer.constants,
             FUSED=plan.fused,
             MODE=launch.mode,
             TWO_PHASE=launch.mode == SEARCH and not plan.deterministic,
             WORDS=launch.mode != SEARCH and layer.has_words,
-            ASM=qkv.is_cuda and layer.dtype == torch.bfloat16,
+            ASM=out.is_cuda and layer.dtype == torch.bfloat16,
             SPLITS=launch.splits,
             SPLITS_P=triton.next_power_of_2(launch.splits),
+            APART=plan.apart and launch.splits > 1,
             LEAST_BLOCKS=launch.least_blocks,
             LONE_BLOCKS=launch.lone_blocks,
             ROWS_P=balanced if launch.mode == ONE_ROW and launch.splits > 1 else 0,
@@ -296,7 +319,6 @@ def paged_attention(
             PDL=pdl,
             **({"launch_pdl": True} if pdl else {}),
         )
-    return out
 
 
 class _Layer:
@@ -351,14 +373,15 @@ class _Layer:
             "PAGE": cache.page_tokens,
             "ITEM": item,
             "PLANE": spec.num_kv_heads * cache.page_tokens * _vector_elements(cache),
+            "EXTRA": 0,
         }
-        self.append_constants = common
+        self.append_constants = {k: v for k, v in common.items() if k != "EXTRA"}
         self.constants = common | {
             "QK_SCALE": spec.scale,
             "CAP": spec.softcap or 0.0,
             "WINDOW": spec.window or 0,
             "SINKS": self.sinks is not None,
-            "DTYPE": _DTYPES[self.dtype],
+            "DTYPE": TRITON_DTYPES[self.dtype],
             "NATIVE_FP8": _converts_fp8(),
         }
         self._arena: tuple[int, int] = (0, 0)

@@ -19,6 +19,7 @@ from skimp.kernels.triton.cached_heads import (
     turned,
 )
 from skimp.kernels.triton.launch import let_next_start, wait_for_inputs
+from skimp.kernels.triton.shares import add_shares
 from skimp.kernels.triton.softmax import over_memory, score_of
 
 # How a program finds its rows.
@@ -85,6 +86,7 @@ def attention_kernel(
     PAGE: tl.constexpr,
     ITEM: tl.constexpr,
     PLANE: tl.constexpr,
+    EXTRA: tl.constexpr,
     QK_SCALE: tl.constexpr,
     CAP: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -98,6 +100,7 @@ def attention_kernel(
     ASM: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_P: tl.constexpr,
+    APART: tl.constexpr,
     LEAST_BLOCKS: tl.constexpr,
     LONE_BLOCKS: tl.constexpr,
     ROWS_P: tl.constexpr,
@@ -108,7 +111,9 @@ def attention_kernel(
     """A tile's share of its keys; the last program to end adds the shares, in their order.
 
     ``FUSED`` (single rows only): ``q`` is the whole qkv, and the first split also stores the new
-    key and value, which nobody reads from the cache in this launch.
+    key and value, which nobody reads from the cache in this launch. ``EXTRA``: see ``softmax.py``;
+    all groups of heads then read the same latents. ``APART``: shares are left for another kernel
+    to add up, those without keys with a total of 0.
     """
     GROUP: tl.constexpr = H // G
     ROWS: tl.constexpr = 1 if MODE == 0 else BLOCK_M // GROUP
@@ -185,20 +190,27 @@ def attention_kernel(
         start = tile_low + split * share * BLOCK_N
         stop = tl.minimum(start + share * BLOCK_N, tile_end)
     if (split >= active) | (tl.max(position) < 0):
+        if APART:
+            place = ((tile * G + head).to(tl.int64) * SPLITS + split) * (2 * BLOCK_M) + lane
+            tl.store(level_ptr + place, tl.full((BLOCK_M,), float("-inf"), tl.float32))
+            tl.store(level_ptr + place + BLOCK_M, tl.zeros((BLOCK_M,), tl.float32))
         return
     table = table_ptr + seq * table_stride
     if RECENT > 0:
         recent_table = recent_table_ptr + seq * recent_stride
 
-    q_at = row.to(tl.int64) * q_stride + q_head * D
+    q_at = row.to(tl.int64) * q_stride + q_head * (D + EXTRA)
+    vector = 0 if EXTRA > 0 else head  # whose keys these are
     if PDL and KIND == 0:
         # Keys and values of earlier steps are on their way while the kernel before ends.
         near = start + tl.arange(0, BLOCK_N)
         near_at, _ = slots(
-            pages_of(table, near, near < stop, PAGE), near, offset, head, KIND, D, PAGE, ITEM
-        )
-        _prefetch(arena_ptr + near_at, D, ITEM)
-        _prefetch(arena_ptr + near_at + PLANE, D, ITEM)
+            pages_of(table, near, near < stop, PAGE), near, offset, vector, KIND, D + EXTRA, PAGE,
+            ITEM,
+        )  # fmt: skip
+        _prefetch(arena_ptr + near_at, D + EXTRA, ITEM)
+        if EXTRA == 0:
+            _prefetch(arena_ptr + near_at + PLANE, D, ITEM)
     wait_for_inputs(PDL)  # all that was read so far the host has sent
     let_next_start(PDL)
     if FUSED:
@@ -225,6 +237,14 @@ def attention_kernel(
     else:
         inside = ok[:, None] & (dims < D)[None, :]
         q = tl.load(q_ptr + q_at[:, None] + dims[None, :], mask=inside, other=0.0)
+    q_extra = q
+    if EXTRA > 0:
+        more = tl.arange(0, max(16, triton.next_power_of_2(EXTRA)))
+        q_extra = tl.load(
+            q_ptr + q_at[:, None] + (D + more)[None, :],
+            mask=ok[:, None] & (more < EXTRA)[None, :],
+            other=0.0,
+        )
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DP), tl.float32)
@@ -267,23 +287,24 @@ def attention_kernel(
     if RECENT > 0:
         edge = tl.maximum(position - (RECENT - 1), row_low)
         peak, total, acc = over_memory(
-            q, peak, total, acc, start, stop, row_low, tl.minimum(edge, row_end), ok, skip,
-            arena_ptr, scales_ptr, table, offset, head, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE, CAP,
-            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8, WORDS, ASM,
+            q, q_extra, peak, total, acc, start, stop, row_low, tl.minimum(edge, row_end), ok, skip,
+            arena_ptr, scales_ptr, table, offset, vector, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE,
+            CAP, KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8, WORDS, ASM,
         )  # fmt: skip
         peak, total, acc = over_memory(
-            q, peak, total, acc, start, stop, edge, row_end, ok, skip,
-            recent_ptr, scales_ptr, recent_table, recent_offset, head, TWO_PHASE, True, FUSED,
-            QK_SCALE, CAP, 0, D, DP, PAGE, ITEM, G * PAGE * D, BLOCK_N, NATIVE_FP8, WORDS, ASM,
+            q, q_extra, peak, total, acc, start, stop, edge, row_end, ok, skip,
+            recent_ptr, scales_ptr, recent_table, recent_offset, vector, TWO_PHASE, True, FUSED,
+            QK_SCALE, CAP, 0, D, DP, PAGE, ITEM, G * PAGE * D, EXTRA, BLOCK_N,
+            NATIVE_FP8, WORDS, ASM,
         )  # fmt: skip
     else:
         peak, total, acc = over_memory(
-            q, peak, total, acc, start, stop, row_low, row_end, ok, skip,
-            arena_ptr, scales_ptr, table, offset, head, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE, CAP,
-            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8, WORDS, ASM,
+            q, q_extra, peak, total, acc, start, stop, row_low, row_end, ok, skip,
+            arena_ptr, scales_ptr, table, offset, vector, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE,
+            CAP, KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8, WORDS, ASM,
         )  # fmt: skip
 
-    if active == 1:
+    if (active == 1) & (not APART):
         x = acc / tl.where(total == 0.0, 1.0, total)[:, None]
         if TURN:
             x = turned(x, BLOCK_M, D, DP, ROOT)
@@ -296,69 +317,9 @@ def attention_kernel(
         tl.store(level_ptr + place + (base + split) * BLOCK_M, peak, mask=ok)
         tl.store(level_ptr + place + (base + split + 1) * BLOCK_M, total, mask=ok)
         tl.store(partial_ptr + place[:, None] * DP + dims[None, :], acc, mask=ok[:, None])
-        tl.debug_barrier()  # or the count could overtake another thread's stores
-        done = tl.atomic_add(counter_ptr + owner, 1, sem="acq_rel")
-        if done == active - 1:
-            tl.store(counter_ptr + owner, 0)  # for the next launch
-            if BLOCK_M <= 16:
-                # All shares of one row at once: few rows, many shares.
-                shares = tl.arange(0, SPLITS_P)
-                there = shares < active
-                places = (base + shares) * BLOCK_M
-                for one_lane in range(tl.minimum(end - first, ROWS) * GROUP):
-                    peaks = tl.load(
-                        level_ptr + 2 * places + one_lane, mask=there, other=float("-inf"),
-                        cache_modifier=".cg",
-                    )  # fmt: skip
-                    totals = tl.load(
-                        level_ptr + 2 * places + BLOCK_M + one_lane, mask=there, other=0.0,
-                        cache_modifier=".cg",
-                    )  # fmt: skip
-                    parts = tl.load(
-                        partial_ptr + (places + one_lane)[:, None] * DP + dims[None, :],
-                        mask=there[:, None], other=0.0, cache_modifier=".cg",
-                    )  # fmt: skip
-                    top = tl.max(peaks)
-                    top = tl.where(top == float("-inf"), 0.0, top)
-                    factors = tl.exp2(peaks - top)
-                    whole = tl.sum(totals * factors)
-                    mixed = tl.sum(parts * factors[:, None], 0)[None, :]
-                    mixed = mixed / tl.where(whole == 0.0, 1.0, whole)
-                    if TURN:
-                        mixed = turned(mixed, 1, D, DP, ROOT)
-                    one_row = first + one_lane // GROUP
-                    to = one_row.to(tl.int64) * (H * D) + (head * GROUP + one_lane % GROUP) * D
-                    real = tl.load(positions_ptr + one_row) >= 0
-                    tl.store(
-                        out_ptr + to + dims[None, :], mixed.to(out_ptr.dtype.element_ty),
-                        mask=real & (dims < D)[None, :],
-                    )  # fmt: skip
-            else:
-                peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-                total = tl.zeros((BLOCK_M,), tl.float32)
-                acc = tl.zeros((BLOCK_M, DP), tl.float32)
-                for share_ in range(active):
-                    place = (base + share_) * BLOCK_M + lane
-                    level_at = level_ptr + place + (base + share_) * BLOCK_M
-                    part_peak = tl.load(
-                        level_at, mask=ok, other=float("-inf"), cache_modifier=".cg"
-                    )
-                    part_total = tl.load(
-                        level_at + BLOCK_M, mask=ok, other=0.0, cache_modifier=".cg"
-                    )
-                    part = tl.load(
-                        partial_ptr + place[:, None] * DP + dims[None, :],
-                        mask=ok[:, None], other=0.0, cache_modifier=".cg",
-                    )  # fmt: skip
-                    new_peak = tl.maximum(peak, part_peak)
-                    level = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-                    shrink = tl.exp2(peak - level)
-                    grow = tl.exp2(part_peak - level)
-                    total = total * shrink + part_total * grow
-                    acc = acc * shrink[:, None] + part * grow[:, None]
-                    peak = new_peak
-                x = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-                if TURN:
-                    x = turned(x, BLOCK_M, D, DP, ROOT)
-                x = x.to(out_ptr.dtype.element_ty)
-                tl.store(out_ptr + out_at, x, mask=ok[:, None] & (dims < D)[None, :])
+        if not APART:
+            add_shares(
+                partial_ptr, level_ptr, counter_ptr, out_ptr, positions_ptr, out_at, owner, base,
+                active, first, end, head, ok, lane, ROWS, GROUP, H, D, DP, TURN, ROOT, SPLITS_P,
+                BLOCK_M,
+            )  # fmt: skip

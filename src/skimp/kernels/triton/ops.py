@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from skimp.kernels.ops import AttentionParams, LatentParams, PackLayout, StepInputs
+from skimp.kernels.ops import AttentionParams, LatentParams, LayerCache, PackLayout, StepInputs
 from skimp.kernels.triton import linear as layers
 from skimp.kernels.triton import rows
 from skimp.kernels.triton.attention import AttentionPlan, paged_attention, plan_attention
+from skimp.kernels.triton.latent import LatentPlan, latent_attention, plan_latent_attention
 from skimp.kernels.triton.launch import use_pdl
 from skimp.kernels.triton.linear import Matrix
 from skimp.model.layers import Linear, RMSNorm, stacked_bias
 from skimp.model.spec import Activation, LatentAttentionSpec, ModelSpec
 
 PLANS_KEPT = 64
+Plan = TypeVar("Plan", AttentionPlan, LatentPlan)
 
 
 def lacks(spec: ModelSpec) -> str | None:
     """What of a model these kernels do not compute, in words; None if they serve all of it."""
-    if any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers):
-        return "latent attention"
     return None
 
 
@@ -36,8 +36,8 @@ class TritonOps:
         self.dtype = dtype
         self.deterministic = deterministic
         self._factors: weakref.WeakKeyDictionary[RMSNorm, Tensor] = weakref.WeakKeyDictionary()
-        self._kept: dict[tuple[object, ...], AttentionPlan] = {}
-        self._passing: dict[tuple[object, ...], AttentionPlan] = {}
+        self._kept: dict[tuple[object, ...], Any] = {}
+        self._passing: dict[tuple[object, ...], Any] = {}
 
     def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> Matrix:
         bias = stacked_bias(linears)
@@ -68,6 +68,8 @@ class TritonOps:
         residual: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
+        if norm is not None and x.dtype != torch.float32:
+            x = x.float()
         return layers.linear(
             x,
             matrix,
@@ -86,13 +88,21 @@ class TritonOps:
     def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
         return torch.add(x, y, alpha=scale)
 
-    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Any:
-        raise NotImplementedError("see lacks()")
+    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Tensor:
+        held = linear.take()
+        weight = held if isinstance(held, Tensor) else held.dequantize()
+        return weight.to(self.dtype).unflatten(0, (spec.num_heads, -1)).contiguous()
 
     def latent_attention(
-        self, queries: Tensor, latents: Tensor, heads: Any, params: LatentParams, step: StepInputs
+        self,
+        queries: Tensor,
+        latents: Tensor,
+        heads: Tensor,
+        params: LatentParams,
+        step: StepInputs,
     ) -> Tensor:
-        raise NotImplementedError("see lacks()")
+        plan = self._latent_plan(params, step, queries)
+        return latent_attention(queries, latents, heads, params, step, plan=plan)
 
     def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
         plan = self._plan(params, step, qkv)
@@ -113,24 +123,49 @@ class TritonOps:
         return factor
 
     def _plan(self, params: AttentionParams, step: StepInputs, qkv: Tensor) -> AttentionPlan:
-        assert params.cache is not None and step.bounds is not None
+        assert params.cache is not None
         low_bit = params.cache.spec.format is not None
-        key = (params.spec, qkv.shape[0], step.seq_starts.shape[0], step.bounds, low_bit)
-        plans = self._kept if step.bounds.captured else self._passing
-        plan = plans.get(key)
+
+        def make(shape: dict[str, Any]) -> AttentionPlan:
+            if low_bit:
+                shape["whole"] = ()
+            return plan_attention(params.spec, low_bit=low_bit, **shape)
+
+        return self._planned((params.spec, low_bit), params.cache, step, qkv, make)
+
+    def _latent_plan(self, params: LatentParams, step: StepInputs, queries: Tensor) -> LatentPlan:
+        assert params.cache is not None
+
+        def make(shape: dict[str, Any]) -> LatentPlan:
+            return plan_latent_attention(params.spec, **shape)
+
+        return self._planned((params.spec,), params.cache, step, queries, make)
+
+    def _planned(
+        self,
+        kind: tuple[object, ...],
+        cache: LayerCache,
+        step: StepInputs,
+        x: Tensor,
+        make: Callable[[dict[str, Any]], Plan],
+    ) -> Plan:
+        """The plan of a kind of layer for steps of this shape, made once; those of graphs stay."""
+        assert step.bounds is not None
+        key = (*kind, x.shape[0], step.seq_starts.shape[0], step.bounds)
+        plans: dict[tuple[object, ...], Any] = self._kept if step.bounds.captured else self._passing
+        plan: Plan | None = plans.get(key)
         if plan is None:
             if len(self._passing) >= PLANS_KEPT:
                 self._passing.clear()
-            plan = plans[key] = plan_attention(
-                params.spec,
-                num_seqs=step.seq_starts.shape[0] - 1,
-                rows=qkv.shape[0],
-                most_rows=step.bounds.rows,
-                context=step.bounds.context,
-                device=qkv.device,
-                dtype=getattr(torch, params.cache.spec.dtype),
-                deterministic=self.deterministic,
-                low_bit=low_bit,
-                whole=() if low_bit else step.bounds.whole,
-            )
+            shape = {
+                "num_seqs": step.seq_starts.shape[0] - 1,
+                "rows": x.shape[0],
+                "most_rows": step.bounds.rows,
+                "context": step.bounds.context,
+                "device": x.device,
+                "dtype": getattr(torch, cache.spec.dtype),
+                "deterministic": self.deterministic,
+                "whole": step.bounds.whole,
+            }
+            plan = plans[key] = make(shape)
         return plan

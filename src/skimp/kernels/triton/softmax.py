@@ -1,7 +1,8 @@
 """A tile of queries over the keys and values of a memory: online softmax, block by block.
 
 Shape legend: M query rows times heads, N keys of a block, D head size and DP its power of two.
-Peaks and scores count in powers of two.
+Peaks and scores count in powers of two. Where EXTRA is above 0, a token is one latent of D numbers
+and EXTRA more: all of them are its key, and the D are its value too.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def _weigh(
 @triton.jit
 def _over_keys(
     q,
+    q_extra,
     peak,
     total,
     acc,
@@ -98,6 +100,7 @@ def _over_keys(
     PAGE: tl.constexpr,
     ITEM: tl.constexpr,
     PLANE: tl.constexpr,
+    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
@@ -110,7 +113,7 @@ def _over_keys(
     pages = pages_of(table, start + columns, ok, PAGE)
     for first in tl.range(start, stop, BLOCK_N):
         keys = first + columns
-        at, scale_at = slots(pages, keys, offset, head, KIND, D, PAGE, ITEM)
+        at, scale_at = slots(pages, keys, offset, head, KIND, D + EXTRA, PAGE, ITEM)
         here = ok
         # A block's pages are asked for one block early: a load whose place is still to be loaded
         # would be issued later than the stages allow.
@@ -122,6 +125,11 @@ def _over_keys(
             pages = pages_of(table, later, later < stop, PAGE)
         k = load_heads(arena_ptr, at, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
         raw = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if EXTRA > 0:
+            more = load_heads(
+                arena_ptr, at + D, here, MASKED, KIND, EXTRA, q_extra.shape[1], q.dtype, NATIVE_FP8
+            )
+            raw = tl.dot(q_extra, tl.trans(more), raw, input_precision="ieee")
         if KIND > 0:
             if MASKED:
                 k_scale = tl.load(scales_ptr + scale_at, mask=here, other=0.0)
@@ -133,7 +141,10 @@ def _over_keys(
         peak, total, weights, shrink = _weigh(
             raw, peak, total, keys, here, row_low, row_end, MASKED, LOWER, QK_SCALE, CAP
         )
-        v = load_heads(arena_ptr, at + PLANE, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
+        if EXTRA > 0:
+            v = k
+        else:
+            v = load_heads(arena_ptr, at + PLANE, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
         if KIND > 0:
             weights = weights * v_scale.to(tl.float32)[None, :]
         acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -224,6 +235,7 @@ def _over_words(
 @triton.jit
 def over_memory(
     q,
+    q_extra,
     peak,
     total,
     acc,
@@ -249,6 +261,7 @@ def over_memory(
     PAGE: tl.constexpr,
     ITEM: tl.constexpr,
     PLANE: tl.constexpr,
+    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     WORDS: tl.constexpr,
@@ -270,14 +283,14 @@ def over_memory(
         late = tl.maximum(tl.minimum(all_end, stop) // BLOCK_N * BLOCK_N, middle)
         if LOWER:
             peak, total, acc = _over_keys(
-                q, peak, total, acc, start, middle, row_low, row_end, tile_low, skip,
+                q, q_extra, peak, total, acc, start, middle, row_low, row_end, tile_low, skip,
                 arena_ptr, scales_ptr, table, offset, head, True, LOWER, SKIP, QK_SCALE, CAP,
-                KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+                KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8,
             )  # fmt: skip
         peak, total, acc = _over_keys(
-            q, peak, total, acc, middle, late, row_low, row_end, tile_low, skip,
+            q, q_extra, peak, total, acc, middle, late, row_low, row_end, tile_low, skip,
             arena_ptr, scales_ptr, table, offset, head, False, LOWER, SKIP, QK_SCALE, CAP,
-            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+            KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8,
         )  # fmt: skip
         start = late
     if WORDS and KIND > 0:
@@ -289,8 +302,8 @@ def over_memory(
         )  # fmt: skip
     else:
         peak, total, acc = _over_keys(
-            q, peak, total, acc, start, stop, row_low, row_end, tile_low, skip,
+            q, q_extra, peak, total, acc, start, stop, row_low, row_end, tile_low, skip,
             arena_ptr, scales_ptr, table, offset, head, True, LOWER, SKIP, QK_SCALE, CAP,
-            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
+            KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8,
         )  # fmt: skip
     return peak, total, acc
