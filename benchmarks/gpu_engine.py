@@ -1,6 +1,6 @@
 """The engine on one GPU: steps, prompts, and a mixed load.
 
-    python benchmarks/gpu_engine.py --configs DIR --out DIR [--models 8b 0.6b 8b-int4]
+    python benchmarks/gpu_engine.py --configs DIR --out DIR [--models 8b 0.6b 8b-int4 8b-mla]
         [--parts decode prefill mixed]
 
 Random weights, random prompts, greedy. "Limit" is (weight bytes + cache bytes read) over the rate
@@ -33,16 +33,39 @@ from skimp.model.decoder import Decoder
 from skimp.model.layers import Linear
 from skimp.model.loading import assign, empty_decoder
 
-MODELS = {"8b": "Llama-3.1-8B", "8b-int4": "Llama-3.1-8B", "0.6b": "Qwen3-0.6B"}
+MODELS = {
+    "8b": "Llama-3.1-8B",
+    "8b-int4": "Llama-3.1-8B",
+    "8b-mla": "Llama-3.1-8B",
+    "0.6b": "Qwen3-0.6B",
+}
 PARTS = ("decode", "prefill", "mixed")
 DECODE = {
     "8b": [(1, 128), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (16, 8192)],
     "0.6b": [(1, 128), (1, 8192), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (16, 8192)],
     "8b-int4": [(1, 128), (32, 1024), (16, 8192)],
+    "8b-mla": [(1, 128), (1, 8192), (32, 1024), (128, 1024), (16, 8192)],
 }
 STEPS = 26  # of a stretch that is timed: 130 in all, as many as the figures compared with
 PREFILL = [(1, 512), (1, 8192), (16, 2048)]
 INT4 = WeightFormat(kind="int", bits=4, group_size=128)
+
+
+def with_latents(config: dict) -> dict:
+    """The shape as a dense ``deepseek_v3`` with latents of 512 + 64."""
+    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    shape = {name: v for name, v in config.items() if name not in ("head_dim", "mlp_bias")}
+    return shape | {
+        "model_type": "deepseek_v3",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_key_value_heads": heads,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": config["head_dim"],
+        "v_head_dim": config["head_dim"],
+        "first_k_dense_replace": layers,
+    }
 
 
 def random_decoder(config: dict, int4: bool) -> Decoder:
@@ -174,6 +197,8 @@ def main() -> None:
     results: dict = {"device": name, "copy": rate, "torch": torch.__version__}
     for model in options.models:
         config = json.loads((options.configs / f"{MODELS[model]}.json").read_text())
+        if model == "8b-mla":
+            config = with_latents(config)
         start = time.perf_counter()
         decoder = random_decoder(config, int4=model == "8b-int4")
         torch.cuda.synchronize()

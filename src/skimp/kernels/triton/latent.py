@@ -109,7 +109,7 @@ def latent_attention(
     plan: LatentPlan,
 ) -> Tensor:
     """``Ops.latent_attention`` with an arena; ``heads`` is [H, N + V, L] in the rows' dtype."""
-    layer = _LAYERS.get(id(params)) or _prepare(params)
+    layer = layer_of(params)
     spec, rows = params.spec, queries.shape[0]
     assert queries.stride(1) == latents.stride(1) == 1 and step.arena is not None
     out = queries.new_empty(rows, spec.out_dim)
@@ -271,9 +271,12 @@ class _Layer:
 _LAYERS: dict[int, _Layer] = {}
 
 
-def _prepare(params: LatentParams) -> _Layer:
-    layer = _LAYERS[id(params)] = _Layer(params)
-    weakref.finalize(params, _LAYERS.pop, id(params), None)
+def layer_of(params: LatentParams) -> _Layer:
+    """What launches need of a layer, kept for as long as its parameters."""
+    layer = _LAYERS.get(id(params))
+    if layer is None:
+        layer = _LAYERS[id(params)] = _Layer(params)
+        weakref.finalize(params, _LAYERS.pop, id(params), None)
     return layer
 
 
