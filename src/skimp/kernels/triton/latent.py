@@ -33,6 +33,7 @@ from skimp.kernels.triton.shares import shares_kernel
 from skimp.model.spec import AttentionSpec, LatentAttentionSpec
 
 MOST_SPLITS = 32  # what shares_kernel adds up in registers
+ROWS_AT_ONCE = 4  # that a program rotates, norms and stores
 MOST_LANES = 64  # heads of a tile: its sums of latents fill the registers
 
 
@@ -125,7 +126,7 @@ def latent_attention(
     launch: dict[str, Any] = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
     block = 16 if rows <= 32 or plan.attention.deterministic else 64
     blocks = triton.cdiv(rows, block)
-    parts = 1 if expand else triton.cdiv(spec.latent_dim, layer.block_l) + 1
+    parts = block // ROWS_AT_ONCE + (0 if expand else triton.cdiv(spec.latent_dim, layer.block_l))
     latent_rows_kernel[(spec.num_heads, parts, blocks)](
         queries,
         latents,
@@ -148,7 +149,7 @@ def latent_attention(
         EXPAND=expand,
         BLOCK_R=block,
         BLOCK_L=layer.block_l,
-        STEP_R=min(4, block),
+        STEP_R=ROWS_AT_ONCE,
         num_warps=4,
         **launch,
     )
@@ -285,6 +286,6 @@ def _tile(lanes: int, dtype: torch.dtype) -> Tile:
     block_m = max(16, triton.next_power_of_2(lanes))
     if dtype == torch.float32:
         return Tile(block_m=block_m, block_n=16, warps=8, stages=1, per_processor=1)
-    if block_m <= 32:
-        return Tile(block_m=block_m, block_n=64, warps=8, stages=2, per_processor=1)
-    return Tile(block_m=block_m, block_n=32, warps=8, stages=2, per_processor=1)
+    # On an H200 a third stage gains 1 to 12 % with 32 heads, where shares are long.
+    stages = 3 if block_m <= 32 else 2
+    return Tile(block_m=block_m, block_n=64, warps=8, stages=stages, per_processor=1)

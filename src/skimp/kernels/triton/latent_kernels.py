@@ -54,9 +54,10 @@ def latent_rows_kernel(
 ):
     """Queries [R, H, L + P] for the attention kernel, and the step's latents into the cache.
 
-    A program has BLOCK_R rows of one head: BLOCK_L numbers of the queries that meet latents, or,
-    the last in its line, what is rotated, STEP_R rows at a time. ``EXPAND``: queries stay as they
-    are but for their rotation, [R, H, N + P], and what the cache gets goes to ``cached`` as well.
+    A program makes BLOCK_L numbers of the queries that meet latents, of BLOCK_R rows of one head,
+    or takes STEP_R of these rows and does what is left: rotates, norms, stores. ``EXPAND``: queries
+    stay as they are but for their rotation, [R, H, N + P], and what the cache gets goes to
+    ``cached`` as well.
     """
     head = tl.program_id(0)
     part = tl.program_id(1)
@@ -90,55 +91,52 @@ def latent_rows_kernel(
             mask=ok[:, None] & (to < L)[None, :],
         )
     else:
+        row = first + (part - PARTS) * STEP_R + tl.arange(0, STEP_R)
         wait_for_inputs(PDL)
         let_next_start(PDL)
         dims = tl.arange(0, PP)
-        for step in range(BLOCK_R // STEP_R):
-            row = first + step * STEP_R + tl.arange(0, STEP_R)
-            wide = row.to(tl.int64)
-            position = tl.load(positions_ptr + row, mask=row < rows, other=-1)
-            ok = position >= 0
-            x = prepared_heads(
-                queries_ptr, wide * queries_stride + head * (N + P) + N, position, ok, factor_ptr,
-                cos_ptr, sin_ptr, EPS, P, PP, False, ROTARY, INTERLEAVED,
+        wide = row.to(tl.int64)
+        position = tl.load(positions_ptr + row, mask=row < rows, other=-1)
+        ok = position >= 0
+        x = prepared_heads(
+            queries_ptr, wide * queries_stride + head * (N + P) + N, position, ok, factor_ptr,
+            cos_ptr, sin_ptr, EPS, P, PP, False, ROTARY, INTERLEAVED,
+        )  # fmt: skip
+        out = (wide * H + head) * (KEPT + P) + KEPT
+        real = ok[:, None] & (dims < P)[None, :]
+        tl.store(q_ptr + out[:, None] + dims[None, :], x.to(q_ptr.dtype.element_ty), mask=real)
+        if EXPAND:
+            nope = tl.arange(0, NP)
+            kept = ok[:, None] & (nope < N)[None, :]
+            at = wide * queries_stride + head * (N + P)
+            y = tl.load(queries_ptr + at[:, None] + nope[None, :], mask=kept)
+            tl.store(q_ptr + (out - N)[:, None] + nope[None, :], y, mask=kept)
+        if head == 0:
+            all_dims = tl.arange(0, LP)
+            c = prepared_heads(
+                latents_ptr, wide * latents_stride, position, ok, factor_ptr, cos_ptr, sin_ptr,
+                EPS, L, LP, True, 0, False,
             )  # fmt: skip
-            out = (wide * H + head) * (KEPT + P) + KEPT
-            real = ok[:, None] & (dims < P)[None, :]
-            tl.store(q_ptr + out[:, None] + dims[None, :], x.to(q_ptr.dtype.element_ty), mask=real)
+            key = prepared_heads(
+                latents_ptr, wide * latents_stride + L, position, ok, factor_ptr, cos_ptr,
+                sin_ptr, EPS, P, PP, False, ROTARY, INTERLEAVED,
+            )  # fmt: skip
+            seq = tl.load(row_seq_ptr + row, mask=ok, other=0).to(tl.int64)
+            pages = pages_of(table_ptr + seq * table_stride, position, ok, PAGE).to(tl.int64)
+            at = pages * (64 // ITEM) + offset + (position % PAGE) * (L + P)
+            stored = arena_ptr.dtype.element_ty
+            tl.store(
+                arena_ptr + at[:, None] + all_dims[None, :], c.to(stored),
+                mask=ok[:, None] & (all_dims < L)[None, :],
+            )  # fmt: skip
+            tl.store(arena_ptr + (at + L)[:, None] + dims[None, :], key.to(stored), mask=real)
             if EXPAND:
-                nope = tl.arange(0, NP)
-                kept = ok[:, None] & (nope < N)[None, :]
-                at = wide * queries_stride + head * (N + P)
-                y = tl.load(queries_ptr + at[:, None] + nope[None, :], mask=kept)
-                tl.store(q_ptr + (out - N)[:, None] + nope[None, :], y, mask=kept)
-            if head == 0:
-                all_dims = tl.arange(0, LP)
-                c = prepared_heads(
-                    latents_ptr, wide * latents_stride, position, ok, factor_ptr, cos_ptr, sin_ptr,
-                    EPS, L, LP, True, 0, False,
-                )  # fmt: skip
-                key = prepared_heads(
-                    latents_ptr, wide * latents_stride + L, position, ok, factor_ptr, cos_ptr,
-                    sin_ptr, EPS, P, PP, False, ROTARY, INTERLEAVED,
-                )  # fmt: skip
-                seq = tl.load(row_seq_ptr + row, mask=ok, other=0).to(tl.int64)
-                pages = pages_of(table_ptr + seq * table_stride, position, ok, PAGE).to(tl.int64)
-                at = pages * (64 // ITEM) + offset + (position % PAGE) * (L + P)
-                stored = arena_ptr.dtype.element_ty
+                at = wide * (L + P)
                 tl.store(
-                    arena_ptr + at[:, None] + all_dims[None, :], c.to(stored),
+                    cached_ptr + at[:, None] + all_dims[None, :], c.to(stored),
                     mask=ok[:, None] & (all_dims < L)[None, :],
                 )  # fmt: skip
-                tl.store(arena_ptr + (at + L)[:, None] + dims[None, :], key.to(stored), mask=real)
-                if EXPAND:
-                    at = wide * (L + P)
-                    tl.store(
-                        cached_ptr + at[:, None] + all_dims[None, :], c.to(stored),
-                        mask=ok[:, None] & (all_dims < L)[None, :],
-                    )  # fmt: skip
-                    tl.store(
-                        cached_ptr + (at + L)[:, None] + dims[None, :], key.to(stored), mask=real
-                    )
+                tl.store(cached_ptr + (at + L)[:, None] + dims[None, :], key.to(stored), mask=real)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,7 +122,8 @@ def _backend(heads: Heads, dtype: torch.dtype, device: torch.device) -> SDPBacke
     for backend in ORDER:
         q, k, v = (torch.zeros(1, n, 64, dim, dtype=dtype, device=device) for n, dim in shapes)
         try:
-            with sdpa_kernel(backend):
+            with sdpa_kernel(backend), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # why it does not take them
                 _attention(q, k, v, heads)
         except RuntimeError:
             continue
