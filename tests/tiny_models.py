@@ -11,6 +11,7 @@ from skimp.model.loading import random_decoder
 from skimp.model.spec import (
     AttentionSpec,
     GatedFFNSpec,
+    LatentAttentionSpec,
     LayerSpec,
     ModelSpec,
     RopeSpec,
@@ -47,6 +48,25 @@ def tiny_spec(windows: tuple[int | None, ...] = (None, 24, None, 100)) -> ModelS
         dtype="float32",
         eos_token_ids=(0,),
     )
+
+
+def mixed_spec() -> ModelSpec:
+    """The whole past, windows and latents in turn."""
+    spec = tiny_spec()
+    latent = LatentAttentionSpec(
+        num_heads=4,
+        latent_dim=24,
+        rope_dim=8,
+        nope_dim=12,
+        value_dim=16,
+        rope=RopeSpec(theta=10_000.0, rotary_dim=8, interleaved=True),
+        scale=0.25,
+        query_latent_dim=20,
+    )
+    layers = list(spec.layers)
+    for index in (1, 3):
+        layers.insert(index, dataclasses.replace(layers[0], mixer=latent))
+    return dataclasses.replace(spec, layers=tuple(layers))
 
 
 def tiny_decoder(spec: ModelSpec | None = None, seed: int = 0, dtype: str = "float32") -> Decoder:

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import pytest
-from tiny_models import random_requests, tiny_decoder
+from tiny_models import mixed_spec, random_requests, tiny_decoder
 
 from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
+from skimp.model.spec import ModelSpec
 
 BASE = EngineOptions(
     deterministic=True, max_batch=32, prefix_cache=False, token_budget=512, threads=1
@@ -28,22 +29,26 @@ def serve(engine: Engine, requests: Requests, *, together: bool = True) -> list[
     return [[sample.token_ids for sample in out.outputs] for out in outs]
 
 
-def build(options: EngineOptions, **kwargs: object) -> Engine:
-    return Engine(tiny_decoder(), None, options, **kwargs)  # type: ignore[arg-type]
+def build(options: EngineOptions, spec: ModelSpec | None = None, **kwargs: object) -> Engine:
+    return Engine(tiny_decoder(spec), None, options, **kwargs)  # type: ignore[arg-type]
 
 
-def quarter_cache(requests: Requests, options: EngineOptions = BASE) -> int:
+def quarter_cache(
+    requests: Requests, options: EngineOptions = BASE, spec: ModelSpec | None = None
+) -> int:
     """A quarter of the bytes that the 32 longest requests need together, and room for one."""
-    engine = build(options)
+    engine = build(options, spec)
     lengths = sorted((len(p) + (s.max_tokens or 0) for p, s in requests), reverse=True)
     need = sum(engine.cache.layout.bytes_needed(length) for length in lengths[:32])
     return max(need // 4, 2 * engine.cache.layout.bytes_needed(lengths[0]))
 
 
-def check_all_ways(requests: Requests, backend: str, **fields: object) -> None:
+def check_all_ways(
+    requests: Requests, backend: str, spec: ModelSpec | None = None, **fields: object
+) -> None:
     base = dataclasses.replace(BASE, backend=backend, **fields)  # type: ignore[arg-type]
     alone = dataclasses.replace(base, overlap=False)
-    expected = serve(build(alone), requests, together=False)
+    expected = serve(build(alone, spec), requests, together=False)
     ways = {
         "batched": base,
         "chunk 7": dataclasses.replace(base, token_budget=7),
@@ -51,12 +56,12 @@ def check_all_ways(requests: Requests, backend: str, **fields: object) -> None:
         "chunk 256": dataclasses.replace(base, token_budget=256),
     }
     for name, options in ways.items():
-        assert serve(build(options), requests) == expected, name
-    tight = dataclasses.replace(base, cache_bytes=quarter_cache(requests, base))
-    engine = build(tight)
+        assert serve(build(options, spec), requests) == expected, name
+    tight = dataclasses.replace(base, cache_bytes=quarter_cache(requests, base, spec))
+    engine = build(tight, spec)
     assert serve(engine, requests) == expected, "a quarter of the cache"
     assert engine.scheduler.preemptions > 0, "the tight cache did not preempt"
-    reuse = build(dataclasses.replace(base, prefix_cache=True))
+    reuse = build(dataclasses.replace(base, prefix_cache=True), spec)
     assert serve(reuse, requests) == expected, "prefix reuse, cold"
     assert serve(reuse, requests) == expected, "prefix reuse, warm"
     assert reuse.cache.stats().prefix.tokens_reused > 0
@@ -64,6 +69,12 @@ def check_all_ways(requests: Requests, backend: str, **fields: object) -> None:
 
 def test_native_all_ways() -> None:
     check_all_ways(random_requests(60, seed=1), "native")
+
+
+def test_layers_of_all_kinds_all_ways() -> None:
+    """The whole past, windows and latents in one model, each with pages of its own kind."""
+    requests = random_requests(32, seed=3, max_prompt=40, max_output=40)
+    check_all_ways(requests, "plain", mixed_spec())
 
 
 @pytest.mark.parametrize("mixed", [False, True])
