@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Final, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skimp.formats.weight import QuantizedWeight
 from skimp.kernels.lowbit import round_rows
-from skimp.kernels.ops import PackLayout, StepInputs
+from skimp.kernels.ops import StepInputs
 from skimp.kernels.plain import PlainMatrix, PlainOps
 from skimp.model.decoder import DecoderLayer
 from skimp.model.layers import Linear, RMSNorm
@@ -47,7 +47,7 @@ class LayerRunner:
         self._rope = spec.layers[layer].mixer.rope
         rounding: dict[str, Rounding] = {}
         for group, names in GROUPS.items():
-            matrix = tensors[f"{prefix}{names[0]}.weight"]
+            matrix = tensors.get(f"{prefix}{names[0]}.weight")
             if isinstance(matrix, QuantizedWeight):
                 rounding[group] = matrix.format.activations
         self._ops = _ObservedOps(self._layer, rounding)
@@ -113,15 +113,15 @@ class _ObservedOps(PlainOps):
         self._rounding = rounding
         self.observe: Observe | None = None
         self.until: str | None = None  # the group behind whose inputs nothing is computed
+        modules = dict(layer.named_modules())
         firsts = {group: names[0] for group, names in GROUPS.items()}
-        self._groups = {id(layer.get_submodule(name)): g for g, name in firsts.items()}
-
-    def pack(self, linears: Sequence[Linear], layout: PackLayout = "stack") -> PlainMatrix:
-        assert id(linears[0]) in self._groups
-        return super().pack(linears, layout)
+        # A mixer that has other projections has other groups, which nobody watches.
+        self._groups = {id(modules[name]): g for g, name in firsts.items() if name in modules}
 
     def _product(self, x: Tensor, matrix: PlainMatrix) -> Tensor:
-        group = self._groups[id(matrix.linears[0])]
+        group = self._groups.get(id(matrix.linears[0]))
+        if group is None:
+            return super()._product(x, matrix)
         if self.observe is not None:
             self.observe(group, x)
         if group == self.until:

@@ -27,6 +27,7 @@ STEPS: Final[Mapping[str, str]] = {
     "smooth": "skimp.shrink.smooth:Smooth",
     "rotate": "skimp.shrink.rotate:Rotate",
     "cache": "skimp.shrink.cache:Cache",
+    "mla": "skimp.shrink.mla:Mla",
 }
 MAX_BYTES: Final = 1 << 16
 MAX_STEPS: Final = 64
