@@ -33,9 +33,12 @@ class Heads:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Keys as P numbers that are rotated, in pairs (re, im), and the rest; ``of_rotated`` [P, D]
-    and ``of_rest`` [G d - P, D] make them. ``rotated`` [G, P, d] and ``rest`` [G, G d - P, d] bring a
-    query of each group to where its products with them are those with the group's keys."""
+    """Keys as P numbers that are rotated, in pairs (re, im), and the rest.
+
+    ``of_rotated`` [P, D] and ``of_rest`` [G d - P, D] make them. ``rotated`` [G, P, d] and ``rest``
+    [G, G d - P, d] bring a query of each group to where its products with them are those with the
+    group's keys.
+    """
 
     of_rotated: Tensor
     of_rest: Tensor
