@@ -65,7 +65,13 @@ def test_window_pages_out_of_reach_are_freed() -> None:
         full, near = held(text)
         assert full == -(-(i + 1) // 4) and near <= 3
         w.audit()
-    assert w.cache.stats().groups[1].pages_used <= 3
+    stats = w.cache.stats()
+    assert stats.groups[1].pages_used <= 3
+    assert stats.passed_pages[0] == 0
+    assert stats.passed_pages[1] + stats.groups[1].pages_used == stats.groups[0].pages_used
+    assert stats.saved_bytes == stats.passed_pages[1] * 64
+    w.close(text)
+    assert w.cache.stats().saved_bytes == 0
 
 
 def test_forks_share_until_they_write() -> None:

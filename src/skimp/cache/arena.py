@@ -33,6 +33,7 @@ class GroupUse:
     bytes_used: int
     chunks: int
     pages_per_chunk: int
+    page_bytes: int
 
 
 class _Chunk:
@@ -250,6 +251,7 @@ class Arena:
             bytes_used=pool.used * pool.page_bytes,
             chunks=pool.chunks,
             pages_per_chunk=pool.per_chunk,
+            page_bytes=pool.page_bytes,
         )
 
     def audit(self) -> None:

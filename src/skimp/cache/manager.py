@@ -24,8 +24,14 @@ class CacheStats:
     chunks_free: int
     groups: tuple[GroupUse, ...]
     prefix_pages: tuple[int, ...]  # per group, pages that only the prefix tree keeps
+    passed_pages: tuple[int, ...]  # per group, pages of open sequences that windows have left
     sequences: int
     prefix: PrefixStats | None  # None: prefix reuse is off
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that open sequences would hold besides if no layer had a window."""
+        return sum(pages * use.page_bytes for pages, use in zip(self.passed_pages, self.groups))
 
 
 class CacheSequence:
@@ -251,6 +257,7 @@ class CacheManager:
             chunks_free=arena.free_chunks,
             groups=tuple(arena.use(g) for g in groups),
             prefix_pages=tuple(0 if tree is None else tree.idle_pages(g) for g in groups),
+            passed_pages=tuple(sum(seq._first[g] for seq in self._sequences) for g in groups),
             sequences=len(self._sequences),
             prefix=None if tree is None else tree.stats,
         )
