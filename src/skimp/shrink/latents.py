@@ -146,15 +146,20 @@ def latent_layer(
     }
 
 
+def largest_mean_square(down: Tensor) -> float:
+    """What the mean square of ``down`` x [L, D] can be at most, for any x of a mean square of at
+    most 1: what a norm hands on before its gain."""
+    return float(torch.linalg.matrix_norm(down, 2)) ** 2 * down.shape[1] / down.shape[0]
+
+
 def unnormed(
     matrices: dict[str, Tensor], target: LatentAttentionSpec, *, largest: float, below: float
 ) -> Tensor:
     """Make the norm of the latent do nothing, in place; returns its gain.
 
     Latents are divided by so large a power of two that the norm's epsilon outweighs their mean
-    square: it then divides by the root of epsilon, whatever the latent. ``largest`` is the largest
-    mean square that was seen, ``below`` what is to be left of it beside epsilon. The gain is a
-    power of two, too; what is left of a factor goes to ``kv_b_proj``.
+    square: it then divides by the root of epsilon, whatever the latent. ``largest`` bounds the mean
+    square, ``below`` what is to be left of it beside epsilon. The gain is a power of two, too; what is left of a factor goes to ``kv_b_proj``.
     """
     eps = target.latent_eps
     power = 0

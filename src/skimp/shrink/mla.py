@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from skimp.shrink.step import Run, Unit
 
 LATENT_EPS: Final = 1e-6
-LEFT: Final = 1e-6  # of the latent's mean square beside epsilon, on text like the calibration's
-MARGIN: Final = 16.0  # by how much other text may exceed it
+LEFT: Final = 1e-6  # the most that is left of a latent's mean square beside epsilon
 TRIED: Final = 4  # samples that candidates for ``fold`` are compared on
 FOLDS: Final = (1, 2, 4, 8, 16)
 # What a dense deepseek_v3 has no place for, and what is said of it.
@@ -199,7 +198,7 @@ class Mla(BaseModel):
         best: tuple[float, dict[str, Tensor], str] | None = None
         for fold in folds:
             split = split_keys(heads, moments, rotated=self.rope, fold=fold)
-            tensors = self._tensors(unit, run, made, heads, split, moments, before)
+            tensors = self._tensors(unit, made, heads, split, moments, before)
             damage = 0.0
             if wanted is not None:
                 found = LayerRunner(made, unit.layer, tensors).forward(tried)
@@ -213,14 +212,13 @@ class Mla(BaseModel):
     def _tensors(
         self,
         unit: Unit,
-        run: Run,
         made: ModelSpec,
         heads: Heads,
         split: Split,
         moments: Tensor,
         before: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        from skimp.shrink.latents import latent_layer, project, unnormed
+        from skimp.shrink.latents import largest_mean_square, latent_layer, project, unnormed
 
         assert unit.layer is not None
         target = made.layers[unit.layer].mixer
@@ -229,22 +227,8 @@ class Mla(BaseModel):
             split, heads, moments, latent=self.latent, calibrated=self.method == "pca"
         )
         matrices = latent_layer(heads, target, split, latents)
-        largest = MARGIN * self._largest(unit, run, latents.down)
+        largest = largest_mean_square(latents.down * before["mixer_norm.weight"])
         gain = unnormed(matrices, target, largest=largest, below=LEFT)
         kept = {name: t for name, t in before.items() if not name.startswith("mixer.")}
         new = {f"mixer.{name}.weight": matrix for name, matrix in matrices.items()}
         return narrow(unit, kept | new | {"mixer.kv_a_norm.weight": gain})
-
-    def _largest(self, unit: Unit, run: Run, down: Tensor) -> float:
-        """The largest mean square of a latent on the calibration text."""
-        from skimp.shrink.capture import LayerRunner
-
-        assert unit.layer is not None and run.hidden is not None
-        found = [0.0]
-
-        def look(_: str, x: Tensor) -> None:
-            latent = x.double() @ down.T
-            found.append(float(latent.square().mean(1).max()))
-
-        LayerRunner(unit.spec, unit.layer, unit.tensors).watch(run.hidden, "mixer.qkv", look)
-        return max(found)
