@@ -159,7 +159,8 @@ def unnormed(
 
     Latents are divided by so large a power of two that the norm's epsilon outweighs their mean
     square: it then divides by the root of epsilon, whatever the latent. ``largest`` bounds the mean
-    square, ``below`` what is to be left of it beside epsilon. The gain is a power of two, too; what is left of a factor goes to ``kv_b_proj``.
+    square, ``below`` what is to be left of it beside epsilon. The gain is a power of two, too; what
+    is left of a factor goes to ``kv_b_proj``.
     """
     eps = target.latent_eps
     power = 0
