@@ -77,14 +77,14 @@ def load_decoder(directory: Path | str, *, dtype: torch.dtype | str = "auto") ->
     target = None if dtype == "auto" else as_dtype(dtype)
     stored = load_stored(directory, spec, decoder)
     if target is None:
-        found = {tensor.dtype for tensor in stored.dense.values()}
+        found = {t.dtype for name, t in stored.dense.items() if not keeps_float32(name)}
         target = found.pop() if len(found) == 1 else as_dtype(spec.dtype)
         if target == torch.float16:
             target = torch.float32
     formats = dict(spec.formats)
     for name, value in stored.read():
         if isinstance(value, Tensor):
-            assign(decoder, name, value.to(target))
+            assign(decoder, name, value.to(torch.float32 if keeps_float32(name) else target))
             formats.pop(name.removesuffix(".weight"), None)  # none of ours could hold it
         else:
             linear = decoder.get_submodule(name.removesuffix(".weight"))
@@ -152,7 +152,8 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
     config = load_config(directory)
     speller = spelling(config["quantization_config"]) if spec.formats else None
     shapes = parameter_shapes(spec)
-    ours = {theirs: name for name, theirs in families.tensor_names(spec).items()}
+    stored_as = families.tensor_names(spec)
+    ours = {theirs: name for name, theirs in stored_as.items()}
     assert set(shapes) == set(ours.values()), "family and decoder disagree on parameter names"
     places: dict[str, tuple[str, str]] = {}  # a part's name in the files: our matrix, the part
     wanted: dict[str, dict[str, Part]] = {}
@@ -160,7 +161,7 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
         assert speller is not None
         n, k = shapes[f"{matrix}.weight"]
         wanted[matrix] = speller.parts(form, (n, k))
-        module = families.tensor_names(spec)[f"{matrix}.weight"].removesuffix(".weight")
+        module = stored_as[f"{matrix}.weight"].removesuffix(".weight")
         del ours[f"{module}.weight"]
         places |= {f"{module}.{part}": (matrix, part) for part in wanted[matrix]}
     rename = families.family_of(config).stored_name
@@ -279,6 +280,12 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
 
 
+def keeps_float32(name: str) -> bool:
+    """Whether a parameter of ours is float32 in a model of any dtype: a router's correction, small
+    differences of which choose (DeepSeek-V3 stores it so)."""
+    return name.endswith(".correction")
+
+
 def assign(decoder: nn.Module, name: str, tensor: Tensor) -> None:
     """Make ``tensor`` the parameter ``name``, without a copy."""
     path, _, attribute = name.rpartition(".")
@@ -295,7 +302,8 @@ def random_decoder(spec: ModelSpec, seed: int = 0, dtype: torch.dtype | str = "f
     seeds = torch.Generator().manual_seed(seed)
     chunks: list[tuple[Tensor, float, int]] = []
     for name, parameter in list(decoder.named_parameters()):
-        tensor = torch.empty(parameter.shape, dtype=target)
+        dtype = torch.float32 if keeps_float32(name) else target
+        tensor = torch.empty(parameter.shape, dtype=dtype)
         mean = 1.0 if "norm" in name and not spec.norm_plus_one else 0.0
         pieces = tensor.view(-1).split(RANDOM_CHUNK)
         for piece, draw in zip(pieces, torch.randint(2**62, (len(pieces),), generator=seeds)):

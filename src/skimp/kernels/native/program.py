@@ -16,9 +16,16 @@ from skimp.kernels.native.library import library
 from skimp.kernels.native.matrix import PackedMatrix, PackedStack
 from skimp.kernels.native.memory import PanelMemory
 from skimp.kernels.native.workspace import Workspace
-from skimp.kernels.ops import AttentionParams, LatentParams, LayerCache, PackLayout, StepInputs
+from skimp.kernels.ops import (
+    AttentionParams,
+    ExpertParams,
+    LatentParams,
+    LayerCache,
+    PackLayout,
+    StepInputs,
+)
 from skimp.model.layers import Linear, RMSNorm
-from skimp.model.spec import Activation, LatentAttentionSpec, ModelSpec
+from skimp.model.spec import Activation, ExpertsSpec, LatentAttentionSpec, ModelSpec
 
 
 class Program:
@@ -262,6 +269,12 @@ class NativeOps:
     def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
         raise NotImplementedError("see lacks()")
 
+    def pack_experts(self, params: ExpertParams) -> Any:
+        raise NotImplementedError("see lacks()")
+
+    def experts(self, x: Tensor, experts: Any, norm: RMSNorm) -> Tensor:
+        raise NotImplementedError("see lacks()")
+
     def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Any:
         raise NotImplementedError("see lacks()")
 
@@ -343,6 +356,8 @@ def lacks(spec: ModelSpec) -> str | None:
     """What of a model these kernels do not compute, in words; None if they serve all of it."""
     if any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers):
         return "latent attention"
+    if any(isinstance(layer.ffn, ExpertsSpec) for layer in spec.layers):
+        return "mixtures of experts"
     if spec.logit_scale != 1.0 or any(layer.residual_scale != 1.0 for layer in spec.layers):
         return "scaled residuals and logits"
     return None

@@ -16,7 +16,18 @@ from skimp.errors import ConfigError, shown
 from skimp.formats.checkpoints import spelling
 from skimp.model.spec import ModelSpec
 
-MODEL_TYPES = ("cwm", "gemma2", "gemma3", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = (
+    "cwm",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
 
 
 class Family(Protocol):

@@ -31,7 +31,7 @@ IRRELEVANT: Final = frozenset(
     bad_words_ids num_return_sequences output_scores return_dict_in_generate
     remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens transformers.js_config unsloth_version unsloth_fixed
-    max_window_layers
+    max_window_layers router_aux_loss_coef output_router_logits
     """.split()  # noqa: SIM905 (a literal of fifty strings is harder to read)
 )
 # An unknown field that sounds like one of these may change the result, so it is refused.
@@ -49,6 +49,7 @@ class ConfigReader:
         self.family = family
         self._config = config
         self._read: set[str] = {"model_type"}
+        self._kept: set[str] = set()
 
     def refuse(self, message: str) -> ConfigError:
         return ConfigError(f"{self.family} config: {message}")
@@ -67,7 +68,7 @@ class ConfigReader:
 
     def keep(self, name: str) -> None:
         """Write this field back as it was, though it has been read."""
-        self._read.discard(name)
+        self._kept.add(name)
 
     def integer(
         self, name: str, default: Any = REQUIRED, *, least: int = 1, most: int = LARGEST
@@ -146,13 +147,14 @@ class ConfigReader:
             raise self.refuse(f"{name}={shown(found)}, but this class always has {shown(value)}")
 
     def rest(self) -> dict[str, Any]:
-        """The fields nobody read, to be written back unchanged.
+        """The fields nobody read or that are kept, to be written back unchanged.
 
         Raises ConfigError for one that may change the result, warns about one that is unknown.
         """
-        rest = {name: value for name, value in self._config.items() if name not in self._read}
+        unread = self._config.keys() - (self._read - self._kept)
+        rest = {name: value for name, value in self._config.items() if name in unread}
         for name, value in rest.items():
-            if name in IRRELEVANT or name.startswith("_") or not value:
+            if name in IRRELEVANT or name in self._kept or name.startswith("_") or not value:
                 continue
             if name == "auto_map":
                 self.warn("auto_map is skipped: code from a model directory is never run")
