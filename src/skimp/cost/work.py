@@ -364,14 +364,14 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
         name = f"{term}, {how or work.compute_dtype}" if names.count(term) > 1 else term
         n = logit_rows if group[0].head else rows
         io = sum(m.used * (m.in_features + m.out_features) for m in group)
-        read = sum(m.bytes_read(n) for m in group)
+        weight_bytes = sum(m.bytes_read(n) for m in group)
         # What a matrix that is read multiplies.
         own = n * sum(m.used for m in group) / sum(m.copies * m.share_read(n) for m in group)
         terms.append(
             Term(
                 name=name,
                 kind="matmul",
-                weight_bytes=read,
+                weight_bytes=weight_bytes,
                 activation_bytes=float(n * io * work.activation_bytes),
                 flops=2.0 * n * sum(m.weights * m.chance for m in group),
                 rows=round(own),

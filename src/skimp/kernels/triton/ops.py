@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skimp.kernels.ops import AttentionParams, LatentParams, PackLayout, StepInputs
+from skimp.kernels.ops import AttentionParams, ExpertParams, LatentParams, PackLayout, StepInputs
 from skimp.kernels.triton import linear as layers
 from skimp.kernels.triton import rows
 from skimp.kernels.triton.attention import AttentionPlan, paged_attention, plan_attention
+from skimp.kernels.triton.experts import PackedExperts, mix_experts, pack_experts
 from skimp.kernels.triton.launch import use_pdl
 from skimp.kernels.triton.linear import Matrix
 from skimp.model.layers import Linear, RMSNorm, stacked_bias
@@ -25,6 +26,8 @@ def lacks(spec: ModelSpec) -> str | None:
     """What of a model these kernels do not compute, in words; None if they serve all of it."""
     if any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers):
         return "latent attention"
+    if any(".ffn.experts." in name for name in spec.formats):
+        return "experts in low-bit formats"
     return None
 
 
@@ -76,6 +79,19 @@ class TritonOps:
             activation=activation,
             residual=residual,
             out_dtype=out_dtype,
+            deterministic=self.deterministic,
+            pdl=use_pdl(x.device),
+        )
+
+    def pack_experts(self, params: ExpertParams) -> PackedExperts:
+        return pack_experts(params, self.dtype)
+
+    def experts(self, x: Tensor, experts: PackedExperts, norm: RMSNorm) -> Tensor:
+        return mix_experts(
+            x,
+            experts,
+            self._factor(norm),
+            norm.eps,
             deterministic=self.deterministic,
             pdl=use_pdl(x.device),
         )

@@ -1,0 +1,199 @@
+"""The Triton mixtures of experts against the plain backend: on a GPU where there is one (bfloat16
+too), and elsewhere in Triton's interpreter, in float32."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from skimp.kernels import experts as reference
+from skimp.kernels.plain import PlainOps
+from skimp.kernels.triton import experts as module
+from skimp.kernels.triton.ops import TritonOps
+from skimp.model.ffn import Experts
+from skimp.model.layers import RMSNorm
+from skimp.model.spec import ClampedSwiGLU, ExpertsSpec, GatedFFNSpec, RouterSpec
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
+HIDDEN = 40
+QWEN = ExpertsSpec(
+    num_experts=6, experts_per_token=2, intermediate_size=24, router=RouterSpec(normalize=True)
+)
+GPT_OSS = ExpertsSpec(
+    num_experts=5,
+    experts_per_token=3,
+    intermediate_size=40,
+    activation=ClampedSwiGLU(alpha=1.3, limit=0.8),
+    bias=True,
+    router=RouterSpec(bias=True, normalize=True),
+    fused=True,
+)
+DEEPSEEK_V2 = ExpertsSpec(
+    num_experts=12,
+    experts_per_token=3,
+    intermediate_size=20,
+    router=RouterSpec(groups=4, groups_chosen=2, scale=16.0),
+    shared=GatedFFNSpec(intermediate_size=36),
+)
+DEEPSEEK_V3 = ExpertsSpec(
+    num_experts=16,
+    experts_per_token=4,
+    intermediate_size=16,
+    router=RouterSpec(
+        scoring="sigmoid",
+        correction=True,
+        groups=4,
+        groups_chosen=2,
+        group_score="top2",
+        normalize=True,
+        normalize_eps=1e-20,
+        scale=2.5,
+    ),
+)
+BIASED = replace(QWEN, bias=True, activation="gelu_tanh", num_experts=3, experts_per_token=3)
+SPECS = {
+    "qwen": QWEN,
+    "gpt-oss": GPT_OSS,
+    "deepseek-v2": DEEPSEEK_V2,
+    "deepseek-v3": DEEPSEEK_V3,
+    "all-biased": BIASED,
+}
+
+
+def make(spec: ExpertsSpec, dtype: torch.dtype = torch.float32) -> tuple[Experts, RMSNorm]:
+    """The same weights at every call."""
+    torch.manual_seed(2)
+    layer, norm = Experts(spec, HIDDEN), RMSNorm(HIDDEN, eps=1e-5)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.normal_(0.0, 0.3 if parameter.dim() > 1 else 0.5)
+            if name != "correction":
+                parameter.data = parameter.data.to(dtype)
+        norm.weight.normal_(1.0, 0.2)
+    return layer.to(DEVICE), norm.to(DEVICE)
+
+
+def run(ops: object, spec: ExpertsSpec, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    layer, norm = make(spec, dtype)
+    with torch.no_grad():
+        layer.bind(ops)
+        return layer.hidden(x, norm, ops)
+
+
+def rows(count: int) -> Tensor:
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(count)).to(DEVICE)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors hold what no kernel may leave: NaN, and numbers no expert has."""
+    plain_empty = torch.empty
+
+    def empty(*args, **kwargs):
+        made = plain_empty(*args, **kwargs)
+        return made.fill_(float("nan") if made.is_floating_point() else 1 << 20)
+
+    monkeypatch.setattr(module.torch, "empty", empty)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 23])
+@pytest.mark.parametrize("name", SPECS)
+def test_equals_plain(
+    name: str, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, x = SPECS[name], rows(count)
+    wanted = run(PlainOps(), spec, x)
+    poison(monkeypatch)
+    found = run(TritonOps(dtype=dtype), spec, x, dtype)
+    assert found.dtype == torch.float32 and found.shape == wanted.shape
+    if count:
+        bound = 2e-6 if dtype == torch.float32 else 3e-2
+        assert float((found - wanted).norm() / wanted.norm()) < bound
+
+
+@pytest.mark.parametrize("tile", [module.SMALL, module.LARGE], ids=["small", "large"])
+def test_tiles(tile: module.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of more than one tile, and of none: all rows want two of the six experts."""
+    monkeypatch.setattr(module, "SMALL", tile)
+    monkeypatch.setattr(module, "LARGE", tile)
+    x = rows(1).expand(70, -1) + 1e-3 * rows(70)
+    wanted = run(PlainOps(), QWEN, x)
+    poison(monkeypatch)
+    found = run(TritonOps(dtype=torch.float32), QWEN, x)
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_routes_as_the_reference(name: str) -> None:
+    spec = SPECS[name]
+    torch.manual_seed(5)
+    logits = torch.randn(64, spec.num_experts) * 3
+    logits[1] = 0.0  # equals: the first count
+    logits[2] = 1e4 * logits[2]
+    logits[3, 1:] = logits[3, 0]
+    correction = torch.randn(spec.num_experts) if spec.router.correction else None
+    wanted, weights = reference.route(logits, spec, correction)
+    moved = None if correction is None else correction.to(DEVICE)
+    found, theirs = module.route(logits.to(DEVICE), spec, moved)
+    assert found.tolist() == wanted.tolist()
+    torch.testing.assert_close(theirs.cpu(), weights, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_rows_that_are_not_numbers_stay_alone(name: str) -> None:
+    """They name experts that there are, and spoil no other row."""
+    spec, x = SPECS[name], rows(9)
+    wanted = run(TritonOps(dtype=torch.float32), spec, x)
+    x[4] = float("nan")
+    found = run(TritonOps(dtype=torch.float32), spec, x)
+    rest = torch.arange(9) != 4
+    assert torch.equal(found[rest], wanted[rest]) and found[4].isnan().all()
+
+
+@pytest.mark.parametrize("experts", [1, 5, 64])
+def test_grouping(experts: int) -> None:
+    chosen = torch.randint(0, experts, (1500, 2), dtype=torch.int32).to(DEVICE)
+    order, starts = module.group(chosen, experts)
+    flat = chosen.flatten().cpu()
+    assert order.tolist() == flat.sort(stable=True).indices.tolist()
+    bounds = torch.arange(experts + 1, dtype=torch.int32)
+    assert starts.tolist() == torch.searchsorted(flat.sort().values, bounds).tolist()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_deterministic_rows_do_not_depend_on_others(name: str) -> None:
+    spec, x = SPECS[name], rows(12)
+    layer, norm = make(spec)
+    ops = TritonOps(dtype=torch.float32, deterministic=True)
+    with torch.no_grad():
+        layer.bind(ops)
+        whole = layer.hidden(x, norm, ops)
+        parts = [layer.hidden(part, norm, ops) for part in x.split((1, 7, 4))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("count", [2, 40])
+def test_a_graph_follows_its_inputs(count: int) -> None:
+    """Captured with some choice of experts, replayed with others."""
+    layer, norm = make(QWEN)
+    ops = TritonOps(dtype=torch.float32)
+    x = rows(count)
+    with torch.no_grad():
+        layer.bind(ops)
+        layer.hidden(x, norm, ops)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer.hidden(x, norm, ops)
+        for seed in range(3):
+            x.copy_(torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            wanted = run(PlainOps(), QWEN, x.clone())
+            assert float((out - wanted).norm() / wanted.norm()) < 2e-6
