@@ -4,12 +4,15 @@ too), and elsewhere in Triton's interpreter, in float32."""
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
+
+from hopper import ptx_of
 
 from skimp.kernels import experts as reference
 from skimp.kernels.plain import PlainOps
@@ -103,7 +106,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 23])
+@pytest.mark.parametrize("count", [0, 2, 4, 21])
 @pytest.mark.parametrize("name", SPECS)
 def test_equals_plain(
     name: str, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -123,7 +126,7 @@ def test_tiles(tile: module.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of more than one tile, and of none: all rows want two of the six experts."""
     monkeypatch.setattr(module, "SMALL", tile)
     monkeypatch.setattr(module, "LARGE", tile)
-    x = rows(1).expand(70, -1) + 1e-3 * rows(70)
+    x = rows(1).expand(66, -1) + 1e-3 * rows(66)
     wanted = run(PlainOps(), QWEN, x)
     poison(monkeypatch)
     found = run(TritonOps(dtype=torch.float32), QWEN, x)
@@ -134,7 +137,7 @@ def test_tiles(tile: module.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_routes_as_the_reference(name: str) -> None:
     spec = SPECS[name]
     torch.manual_seed(5)
-    logits = torch.randn(64, spec.num_experts) * 3
+    logits = torch.randn(24, spec.num_experts) * 3
     logits[1] = 0.0  # equals: the first count
     logits[2] = 1e4 * logits[2]
     logits[3, 1:] = logits[3, 0]
@@ -146,7 +149,7 @@ def test_routes_as_the_reference(name: str) -> None:
     torch.testing.assert_close(theirs.cpu(), weights, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek-v3"])
 def test_rows_that_are_not_numbers_stay_alone(name: str) -> None:
     """They name experts that there are, and spoil no other row."""
     spec, x = SPECS[name], rows(9)
@@ -167,7 +170,7 @@ def test_grouping(experts: int) -> None:
     assert starts.tolist() == torch.searchsorted(flat.sort().values, bounds).tolist()
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", ["gpt-oss", "deepseek-v3"])
 def test_deterministic_rows_do_not_depend_on_others(name: str) -> None:
     spec, x = SPECS[name], rows(12)
     layer, norm = make(spec)
@@ -177,6 +180,14 @@ def test_deterministic_rows_do_not_depend_on_others(name: str) -> None:
         whole = layer.hidden(x, norm, ops)
         parts = [layer.hidden(part, norm, ops) for part in x.split((1, 7, 4))]
     assert torch.equal(torch.cat(parts), whole)
+
+
+def test_products_compile_without_a_gpu(tmp_path: Path) -> None:
+    """To tensor cores where rows are grouped, and with wide loads where they are few."""
+    ptx = ptx_of("compile_experts.py", cache=tmp_path)
+    assert ptx.count(".visible .entry") == 9
+    assert "wgmma.mma_async" in ptx and "cp.async" in ptx and "ld.global.v4" in ptx
+    assert "ld.local" not in ptx
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
