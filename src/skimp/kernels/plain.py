@@ -166,6 +166,14 @@ class PlainOps:
             return y if bias is None else y + bias.to(y.dtype)
         return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
+    def _gated(self, y: Tensor, activation: Activation | ClampedSwiGLU) -> Tensor:
+        return _below([gated(part, activation) for part in self._apart(y)])
+
+    def _apart(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Row by row if deterministic: exponentials of the last few numbers of a tensor are
+        computed otherwise than those of whole vectors, and differ in a bit."""
+        return x.split(1) if self.deterministic and len(x) else (x,)
+
     def embed(self, step: StepInputs, table: PlainMatrix, scale: float) -> Tensor:
         weight: Tensor | QuantizedWeight
         if table.fused is not None:
@@ -247,7 +255,9 @@ class PlainOps:
 
     def experts(self, x: Tensor, experts: PlainExperts, norm: RMSNorm) -> Tensor:
         rows, spec = rms_norm(x, norm), experts.spec
-        chosen, weights = route(self._router_logits(rows, experts.router), spec, experts.correction)
+        logits = self._router_logits(rows, experts.router)
+        routed = [route(part, spec, experts.correction) for part in self._apart(logits)]
+        chosen, weights = (_below(parts) for parts in zip(*routed))
         out = torch.zeros_like(rows)
         for index in chosen.unique().tolist():  # ascending: the order of a row's sum
             at, place = (chosen == index).nonzero(as_tuple=True)
@@ -268,10 +278,10 @@ class PlainOps:
         if experts.each is None:
             assert experts.fused is not None
             y = self._one(rows, *experts.fused.gate_up(index))
-            return self._one(gated(y, activation), *experts.fused.down(index))
+            return self._one(self._gated(y, activation), *experts.fused.down(index))
         first, last = experts.each[index]
         y = self._product(rows.to(first.dtype), first)
-        return self._product(gated(y, activation).to(last.dtype), last)
+        return self._product(self._gated(y, activation).to(last.dtype), last)
 
     # ---- attention ------------------------------------------------------------------------
 
@@ -385,6 +395,10 @@ class PlainOps:
 
 def _beside(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _below(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _held(linear: Linear) -> Tensor | QuantizedWeight:

@@ -84,6 +84,7 @@ def _experts(read: ConfigReader, sizes: common.Sizes) -> ExpertsSpec:
     again = read.optional_integer("experts_per_token", None, least=1)
     if again not in (None, chosen):
         raise read.refuse(f"experts_per_token={again} beside num_experts_per_tok={chosen}")
+    read.keep("experts_per_token")
     return ExpertsSpec(
         num_experts=count,
         experts_per_token=chosen,
@@ -124,4 +125,6 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
         "swiglu_alpha": experts.activation.alpha,
         "swiglu_limit": experts.activation.limit,
     }
+    if "experts_per_token" in config:
+        config["experts_per_token"] = experts.experts_per_token
     return common.checked(config, spec, to_spec)
