@@ -12,7 +12,6 @@ import torch
 from tiny_models import random_requests, tiny_spec
 from torch import Tensor
 
-from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
 from skimp.errors import OptionError, ShrinkError
 from skimp.formats import WeightFormat, quantize
@@ -25,6 +24,7 @@ from skimp.model.loading import load_decoder, random_decoder
 from skimp.model.saving import save_checkpoint
 from skimp.model.spec import ClampedSwiGLU, ExpertsSpec, GatedFFNSpec, ModelSpec, RouterSpec
 from skimp.shrink.cache import Cache
+from skimp.shrink.capture import whole_text
 from skimp.shrink.quantize import Quantize
 from skimp.shrink.rotate import Rotate
 from skimp.shrink.smooth import Smooth
@@ -261,14 +261,18 @@ def test_native_kernels_are_refused_by_name() -> None:
         Engine(decoder, None, EngineOptions(backend="native"))
 
 
-@pytest.mark.parametrize("form", ["int8-a8", "int4-g16", "fp8-afp8"])
+@pytest.mark.parametrize("form", ["int8-a8", "int4-g32", "fp8-afp8"])
 def test_quantized_checkpoints(form: str, tmp_path: Path) -> None:
     """In compressed-tensors, as other tools write experts: each matrix by itself, routers dense."""
-    spec = model_spec(QWEN)
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    spec = model_spec(dataclasses.replace(QWEN, intermediate_size=32))
     names = [n.removesuffix(".weight") for n in families.tensor_names(spec) if "_proj" in n]
     formats = dict.fromkeys(names, WeightFormat.named(form))
     assert sum("ffn.experts.5.down_proj" in name for name in formats) == 2
     decoder = random_decoder(dataclasses.replace(spec, formats=formats), seed=2)
+    for parameter in decoder.parameters():
+        parameter.data.mul_(4.0 if parameter.dim() > 1 else 1.0)
     saved = save_checkpoint(tmp_path / "model", decoder.spec, decoder)
     config = families.to_config(decoder.spec)["quantization_config"]
     assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
@@ -277,12 +281,18 @@ def test_quantized_checkpoints(form: str, tmp_path: Path) -> None:
     ]
     again = load_decoder(saved)
     assert again.spec.formats == formats
-    greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
-    outs = [
-        Engine(d, None, EngineOptions(threads=1)).generate([[3, 5, 7]], greedy)[0]
-        for d in (decoder, again)
-    ]
-    assert outs[0].outputs[0].token_ids == outs[1].outputs[0].token_ids
+    ids = torch.arange(3, 43, dtype=torch.int32)
+    ops = PlainOps(serving=True)
+    with torch.no_grad():
+        found, before = (d.bind(ops)(whole_text(ids), ops) for d in (again, decoder))
+    assert torch.equal(found, before)
+    if form == "int8-a8":
+        return  # transformers 5.24 fails to make one tensor of experts in this layout
+    with torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+        wanted = model(ids[None].long()).logits[0]
+    rounds = formats[names[0]].activations is not None
+    assert (found - wanted).norm() / wanted.norm() < (1e-2 if rounds else 1e-5)
 
 
 def test_corrections_stay_float32() -> None:
