@@ -3,7 +3,6 @@ too), and elsewhere in Triton's interpreter, in float32."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,86 +11,25 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from expert_models import HIDDEN, QWEN, SPECS, make, rows
 from hopper import ptx_of
 
 from skimp.kernels import experts as reference
 from skimp.kernels.plain import PlainOps
 from skimp.kernels.triton import experts as module
 from skimp.kernels.triton.ops import TritonOps
-from skimp.model.ffn import Experts
-from skimp.model.layers import RMSNorm
-from skimp.model.spec import ClampedSwiGLU, ExpertsSpec, GatedFFNSpec, RouterSpec
+from skimp.model.spec import ExpertsSpec
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if GPU else [torch.float32]
-HIDDEN = 40
-QWEN = ExpertsSpec(
-    num_experts=6, experts_per_token=2, intermediate_size=24, router=RouterSpec(normalize=True)
-)
-GPT_OSS = ExpertsSpec(
-    num_experts=5,
-    experts_per_token=3,
-    intermediate_size=40,
-    activation=ClampedSwiGLU(alpha=1.3, limit=0.8),
-    bias=True,
-    router=RouterSpec(bias=True, normalize=True),
-    fused=True,
-)
-DEEPSEEK_V2 = ExpertsSpec(
-    num_experts=12,
-    experts_per_token=3,
-    intermediate_size=20,
-    router=RouterSpec(groups=4, groups_chosen=2, scale=16.0),
-    shared=GatedFFNSpec(intermediate_size=36),
-)
-DEEPSEEK_V3 = ExpertsSpec(
-    num_experts=16,
-    experts_per_token=4,
-    intermediate_size=16,
-    router=RouterSpec(
-        scoring="sigmoid",
-        correction=True,
-        groups=4,
-        groups_chosen=2,
-        group_score="top2",
-        normalize=True,
-        normalize_eps=1e-20,
-        scale=2.5,
-    ),
-)
-BIASED = replace(QWEN, bias=True, activation="gelu_tanh", num_experts=3, experts_per_token=3)
-SPECS = {
-    "qwen": QWEN,
-    "gpt-oss": GPT_OSS,
-    "deepseek-v2": DEEPSEEK_V2,
-    "deepseek-v3": DEEPSEEK_V3,
-    "all-biased": BIASED,
-}
-
-
-def make(spec: ExpertsSpec, dtype: torch.dtype = torch.float32) -> tuple[Experts, RMSNorm]:
-    """The same weights at every call."""
-    torch.manual_seed(2)
-    layer, norm = Experts(spec, HIDDEN), RMSNorm(HIDDEN, eps=1e-5)
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            parameter.normal_(0.0, 0.3 if parameter.dim() > 1 else 0.5)
-            if name != "correction":
-                parameter.data = parameter.data.to(dtype)
-        norm.weight.normal_(1.0, 0.2)
-    return layer.to(DEVICE), norm.to(DEVICE)
 
 
 def run(ops: object, spec: ExpertsSpec, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    layer, norm = make(spec, dtype)
+    layer, norm = (module.to(DEVICE) for module in make(spec, dtype))
     with torch.no_grad():
         layer.bind(ops)
-        return layer.hidden(x, norm, ops)
-
-
-def rows(count: int) -> Tensor:
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(count)).to(DEVICE)
+        return layer.hidden(x.to(DEVICE), norm, ops)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +110,8 @@ def test_grouping(experts: int) -> None:
 
 @pytest.mark.parametrize("name", ["gpt-oss", "deepseek-v3"])
 def test_deterministic_rows_do_not_depend_on_others(name: str) -> None:
-    spec, x = SPECS[name], rows(12)
-    layer, norm = make(spec)
+    spec, x = SPECS[name], rows(12).to(DEVICE)
+    layer, norm = (module.to(DEVICE) for module in make(spec))
     ops = TritonOps(dtype=torch.float32, deterministic=True)
     with torch.no_grad():
         layer.bind(ops)
@@ -194,9 +132,9 @@ def test_products_compile_without_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [2, 40])
 def test_a_graph_follows_its_inputs(count: int) -> None:
     """Captured with some choice of experts, replayed with others."""
-    layer, norm = make(QWEN)
+    layer, norm = (module.to(DEVICE) for module in make(QWEN))
     ops = TritonOps(dtype=torch.float32)
-    x = rows(count)
+    x = rows(count).to(DEVICE)
     with torch.no_grad():
         layer.bind(ops)
         layer.hidden(x, norm, ops)

@@ -233,17 +233,19 @@ def model_spec(ffn: ExpertsSpec, family: str = "qwen3_moe", **changes: Any) -> M
 QWEN = dataclasses.replace(SEPARATE, shared=None)
 
 
+@pytest.mark.parametrize("backend", ["plain", "native"])
 @pytest.mark.parametrize("ffn", [SEPARATE, FUSED], ids=["separate", "fused"])
-def test_the_engine_batches_and_chunks_without_a_trace(ffn: ExpertsSpec) -> None:
+def test_the_engine_batches_and_chunks_without_a_trace(ffn: ExpertsSpec, backend: Any) -> None:
     requests = random_requests(5, seed=4, max_prompt=40, max_output=8)
 
-    def tokens(budget: int, together: bool) -> list[list[int]]:
+    def tokens(budget: int, together: bool, threads: int = 1) -> list[list[int]]:
         decoder = random_decoder(model_spec(ffn), seed=1)
         for parameter in decoder.parameters():
             parameter.data.mul_(4.0 if parameter.dim() > 1 else 1.0)
-        options = EngineOptions(deterministic=True, token_budget=budget, threads=1)
+        options = EngineOptions(
+            deterministic=True, token_budget=budget, threads=threads, backend=backend
+        )
         engine = Engine(decoder, None, options)
-        assert engine.backend_name == "plain"
         if together:
             outs = engine.generate([p for p, _ in requests], [s for _, s in requests])
         else:
@@ -253,12 +255,18 @@ def test_the_engine_batches_and_chunks_without_a_trace(ffn: ExpertsSpec) -> None
     alone = tokens(512, together=False)
     assert tokens(512, together=True) == alone
     assert tokens(7, together=True) == alone
+    if backend == "native":
+        assert tokens(512, together=True, threads=2) == alone
 
 
-def test_native_kernels_are_refused_by_name() -> None:
-    decoder = random_decoder(model_spec(QWEN))
-    with pytest.raises(OptionError, match="native kernels have no mixtures of experts"):
-        Engine(decoder, None, EngineOptions(backend="native"))
+def test_low_bit_routers_run_on_the_plain_backend() -> None:
+    """The native kernels multiply them in the model's dtype."""
+    spec = model_spec(QWEN)
+    formats = {"layers.1.ffn.router": WeightFormat(kind="int", bits=8)}
+    spec = dataclasses.replace(spec, formats=formats)
+    with pytest.raises(OptionError, match="native kernels have no routers in low-bit formats"):
+        Engine(random_decoder(spec), None, EngineOptions(backend="native"))
+    assert Engine(random_decoder(spec), None, EngineOptions()).backend_name == "plain"
 
 
 @pytest.mark.parametrize("form", ["int8-a8", "int4-g32", "fp8-afp8"])

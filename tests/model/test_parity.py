@@ -10,7 +10,6 @@ import torch
 
 from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
-from skimp.kernels import native
 from skimp.model import families
 from skimp.model.loading import load_decoder
 
@@ -207,7 +206,6 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-PLAIN_ONLY = {"qwen3-moe", "qwen3-moe-some-layers", "gpt-oss", "gpt-oss-other-limits"}
 
 
 def tokens() -> list[int]:
@@ -224,10 +222,8 @@ def test_logits_equal_transformers(case: str, make_oracle: Any, tools: Any) -> N
     assert expected.std() > 0.1
     whole = tools.whole(load_decoder(oracle.directory), tokens())
     assert tools.distance(whole, expected) < TOLERANCE
-    lacks = native.lacks(load_decoder(oracle.directory).spec)
-    assert (lacks is not None) == (case in PLAIN_ONLY)
     for chunks in ([33, 1, 36], [LENGTH], [50] + [1] * 20):
-        for backend in ("plain",) if lacks else ("plain", "native"):
+        for backend in ("plain", "native"):
             ours = tools.cached(load_decoder(oracle.directory), tokens(), chunks, backend)
             assert tools.distance(ours, expected) < TOLERANCE, (backend, chunks)
 
