@@ -169,6 +169,8 @@ def test_experts_by_hand_qwen3_30b() -> None:
         assert terms["experts"].rows == round(rows * 8 / hit)
         assert terms["router"].weight_bytes == 2 * router
         assert "feed-forward" not in terms
+    held = memory_plan(work, batch=1, context=16, step_tokens=512)
+    assert held.workspace_bytes == max(512 * 8 * (2048 + 768), 512 * (2048 + 4096)) * 4 + 4000
     # At batch 1 exactly the eight, at 32 about 112 of the 128.
     assert pytest.approx(111.77, abs=0.01) == 128 * (1 - (1 - 8 / 128) ** 32)
     many = step_cost(work, [SequenceStep(context=4096, tokens=4096)])
