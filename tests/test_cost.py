@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,8 +32,18 @@ from skimp.cost import (
 )
 from skimp.cost import model_work as work_of
 from skimp.cost.shortcuts import latent_attention
+from skimp.formats.weight import WeightFormat
+from skimp.meter.work import spec_work
+from skimp.model import families
 from skimp.model.mixers.attention import cache_spec
-from skimp.model.spec import AttentionSpec, GatedFFNSpec, LayerSpec, ModelSpec, RopeSpec
+from skimp.model.spec import (
+    AttentionSpec,
+    ExpertsSpec,
+    GatedFFNSpec,
+    LayerSpec,
+    ModelSpec,
+    RopeSpec,
+)
 
 
 def make_spec(
@@ -121,6 +132,92 @@ def test_embedding_is_read_by_row_and_output_matrix_whole_tied_or_not() -> None:
     untied = model_work(make_spec(tied=False))
     assert step_cost(tied, uniform(3, 5)) == step_cost(untied, uniform(3, 5))
     assert untied.resident_weight_bytes - tied.resident_weight_bytes == 2 * HEAD_WEIGHTS
+
+
+def mixture(config: dict[str, Any]) -> ModelWork:
+    spec = families.to_spec(config | {"torch_dtype": "bfloat16", "vocab_size": 1000})
+    return spec_work(spec)
+
+
+def test_experts_by_hand_qwen3_30b() -> None:
+    """Qwen3-30B-A3B: 128 experts of 768 in 48 layers, 8 a token."""
+    work = mixture(
+        {
+            "model_type": "qwen3_moe",
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        }
+    )
+    experts, router = 48 * 128 * 3 * 2048 * 768, 48 * 2048 * 128
+    mixers = 48 * 2048 * 128 * (32 + 2 * 4 + 32)
+    vectors, ends = 48 * (2 * 2048 + 2 * 128) + 2048, 2 * 1000 * 2048
+    total = 2 * (experts + router + mixers + ends) + 4 * vectors
+    assert work.resident_weight_bytes == total
+    for batch, rows in ((1, 1), (32, 32)):
+        cost = step_cost(work, uniform(batch, 100))
+        terms = {t.name: t for t in cost.terms}
+        hit = 128 * (1 - (1 - 8 / 128) ** rows)
+        assert terms["experts"].weight_bytes == pytest.approx(2 * experts * hit / 128)
+        assert terms["experts"].flops == 2 * rows * experts * 8 / 128
+        assert terms["experts"].rows == round(rows * 8 / hit)
+        assert terms["router"].weight_bytes == 2 * router
+        assert "feed-forward" not in terms
+    held = memory_plan(work, batch=1, context=16, step_tokens=512)
+    assert held.workspace_bytes == max(512 * 8 * (2048 + 768), 512 * (2048 + 4096)) * 4 + 4000
+    # At batch 1 exactly the eight, at 32 about 112 of the 128.
+    assert pytest.approx(111.77, abs=0.01) == 128 * (1 - (1 - 8 / 128) ** 32)
+    many = step_cost(work, [SequenceStep(context=4096, tokens=4096)])
+    assert {t.name: t for t in many.terms}["experts"].weight_bytes == pytest.approx(2 * experts)
+
+
+def test_experts_by_hand_gpt_oss_20b() -> None:
+    """32 experts of 2880 in 24 layers, 4 a token; biases and sinks count as vectors."""
+    work = mixture(
+        {
+            "model_type": "gpt_oss",
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "num_local_experts": 32,
+            "num_experts_per_tok": 4,
+        }
+    )
+    experts, router = 24 * 32 * 3 * 2880 * 2880, 24 * 2880 * 32
+    mixers = 24 * 2880 * 64 * (64 + 2 * 8 + 64)
+    biases = 24 * (32 * (2 * 2880 + 2880) + 32 + 64 * (64 + 2 * 8) + 2880)
+    vectors = biases + 24 * (64 + 2 * 2880) + 2880
+    assert work.resident_weight_bytes == 2 * (experts + router + mixers + 2000 * 2880) + 4 * vectors
+    one = step_cost(work, uniform(1, 10))
+    read = 2 * (experts * 4 / 32 + router + mixers + 1000 * 2880) + 4 * vectors + 2 * 2880
+    assert one.weight_bytes == pytest.approx(read)
+    many = step_cost(work, uniform(32, 10))
+    more = 2 * experts * (1 - (28 / 32) ** 32 - 4 / 32) + 31 * 2 * 2880
+    assert many.weight_bytes - one.weight_bytes == pytest.approx(more)
+
+
+def test_shared_experts_are_read_by_every_row() -> None:
+    shared = GatedFFNSpec(intermediate_size=24)
+    ffn = ExpertsSpec(num_experts=8, experts_per_token=2, intermediate_size=16, shared=shared)
+    spec = make_spec()
+    layers = tuple(dataclasses.replace(layer, ffn=ffn) for layer in spec.layers)
+    forms = {"layers.0.ffn.experts.3.down_proj": WeightFormat(kind="int", bits=8)}
+    work = model_work(dataclasses.replace(spec, layers=layers, formats=forms))
+    terms = {t.name: t for t in step_cost(work, uniform(1, 4)).terms}
+    assert terms["feed-forward"].weight_bytes == 2 * 2 * 3 * 64 * 24
+    # The one in int8 makes a line of its own.
+    assert terms["experts, int8"].weight_bytes == 64 * 16 * (8 + 16 / 16) / 8 * 2 / 8
+    dense = 2 * (2 * 8 * 3 - 1) * 64 * 16 * 2 / 8
+    assert terms["experts, bfloat16"].weight_bytes == dense
+    assert [m.copies for m in work.matrices if "experts" in m.name][:4] == [8, 8, 7, 1]
 
 
 def test_output_matrix_is_left_alone_when_no_row_wants_logits() -> None:

@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import random_requests, tiny_decoder
+from tiny_models import random_requests, tiny_decoder, tiny_spec
 
 from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
+from skimp.model.spec import ExpertsSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 pytest.importorskip("triton")
@@ -59,3 +60,24 @@ def test_deterministic_tokens_do_not_depend_on_neighbours(dtype: str) -> None:
     for budget in (8192, 512, 64):
         batched = dataclasses.replace(options, token_budget=budget, prefix_cache=budget == 64)
         assert serve(batched, requests, dtype) == alone, budget
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_of_graphs_follow_the_router(fused: bool) -> None:
+    """Generation is replayed from graphs, whatever experts its rows want."""
+    requests = random_requests(12, seed=3, max_prompt=60)
+    spec, mixture = (
+        tiny_spec(),
+        ExpertsSpec(
+            num_experts=6, experts_per_token=2, intermediate_size=48, bias=fused, fused=fused
+        ),
+    )
+    layers = tuple(dataclasses.replace(layer, ffn=mixture) for layer in spec.layers)
+    spec = dataclasses.replace(spec, layers=layers)
+    found = []
+    for options in (CPU, GPU):
+        engine = Engine(tiny_decoder(spec), None, options)
+        assert engine.backend_name == ("plain" if options is CPU else "triton")
+        outs = engine.generate([p for p, _ in requests], [s for _, s in requests])
+        found.append([out.outputs[0].token_ids for out in outs])
+    assert found[0] == found[1]

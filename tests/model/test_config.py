@@ -14,7 +14,7 @@ import torch
 from skimp.errors import ConfigError, SkimpError, SkimpWarning
 from skimp.model import families
 from skimp.model.rope import rope_tables
-from skimp.model.spec import GatedFFNSpec, RopeSpec
+from skimp.model.spec import ClampedSwiGLU, ExpertsSpec, GatedFFNSpec, RopeSpec
 
 S, F = "sliding_attention", "full_attention"
 LLAMA = {
@@ -177,7 +177,79 @@ CWM = {
     "eos_token_id": [128001, 128008, 128009],
     "torch_dtype": "bfloat16",
 }
-CONFIGS = {c["model_type"]: c for c in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, CWM)}
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "torch_dtype": "bfloat16",
+}
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "sliding_window": 128,
+    "layer_types": [S, F, S, F],
+    "experts_per_token": 4,
+    "initial_context_length": 4096,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.9,
+    "swiglu_limit": 7.0,
+    "hidden_act": "silu",
+    "attention_bias": True,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+    "tie_word_embeddings": False,
+    "eos_token_id": 200002,
+    "pad_token_id": 199999,
+    "torch_dtype": "bfloat16",
+}
+CONFIGS = {
+    c["model_type"]: c
+    for c in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, CWM, QWEN3_MOE, GPT_OSS)
+}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -251,6 +323,27 @@ def test_meanings() -> None:
     upper = families.to_spec(QWEN2 | {"use_sliding_window": True, "sliding_window": 64})
     assert [x.mixer.window for x in upper.layers] == [None] * 21 + [64] * 3
     assert [x.mixer.window for x in families.to_spec(CWM).layers[:5]] == [None, *[8192] * 3, None]
+    moe = families.to_spec(QWEN3_MOE | {"decoder_sparse_step": 3, "mlp_only_layers": [5]})
+    sparse = [isinstance(x.ffn, ExpertsSpec) for x in moe.layers]
+    assert sparse == [False, False, True, False, False, False, False, False]
+    assert moe.layers[0].ffn == GatedFFNSpec(intermediate_size=6144)
+    oss = families.to_spec(GPT_OSS)
+    assert [x.mixer.window for x in oss.layers] == [128, None] * 2
+    assert oss.layers[0].ffn.activation == ClampedSwiGLU(alpha=1.702, limit=7.0)
+
+
+def test_layers_with_experts_that_the_fields_do_not_say_are_written_out() -> None:
+    """A converter may have moved them."""
+    spec = families.to_spec(QWEN3_MOE | {"decoder_sparse_step": 2})
+    dense, sparse = spec.layers[0], spec.layers[1]
+    moved = dataclasses.replace(spec, layers=(sparse, dense, dense, *spec.layers[3:]))
+    written = families.to_config(moved)
+    assert (written["decoder_sparse_step"], written["mlp_only_layers"]) == (1, [1, 2, 4, 6])
+    assert families.to_spec(written) == moved
+    other = dataclasses.replace(sparse.ffn, intermediate_size=64)
+    two_kinds = (dataclasses.replace(sparse, ffn=other), *spec.layers[1:])
+    with pytest.raises(ConfigError, match=r"layers\[0\]|layers\[1\]"):
+        families.to_config(dataclasses.replace(spec, layers=two_kinds))
 
 
 def test_spec_the_class_cannot_express() -> None:
@@ -383,6 +476,27 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
     "windowless cwm": (CWM, {"sliding_window": None}, ("sliding_window", "layer_types")),
     "cwm bias": (CWM, {"attention_bias": True}, ("attention_bias=True",)),
     "qwen2 bias": (QWEN2, {"attention_bias": False}, ("attention_bias=False",)),
+    "more experts a token": (
+        QWEN3_MOE,
+        {"num_experts_per_tok": 129},
+        ("num_experts_per_tok", "129"),
+    ),
+    "two numbers of experts": (
+        QWEN3_MOE,
+        {"num_local_experts": 64},
+        ("num_experts=128", "num_local_experts=64"),
+    ),
+    "sparse step": (QWEN3_MOE, {"decoder_sparse_step": 0}, ("decoder_sparse_step", "0")),
+    "dense layers": (QWEN3_MOE, {"mlp_only_layers": [8]}, ("mlp_only_layers", "8")),
+    "mixed windows": (
+        QWEN3_MOE,
+        {"sliding_window": 9, "use_sliding_window": True, "layer_types": [F, *[S] * 7]},
+        ("layer_types",),
+    ),
+    "shared experts": (QWEN3_MOE, {"n_shared_experts": 1}, ("n_shared_experts=1",)),
+    "oss activation": (GPT_OSS, {"hidden_act": "gelu"}, ("hidden_act='gelu'",)),
+    "oss experts twice": (GPT_OSS, {"experts_per_token": 2}, ("experts_per_token=2",)),
+    "oss limit": (GPT_OSS, {"swiglu_limit": None}, ("swiglu_limit", "None")),
     "no text config": (GEMMA3, {"model_type": "gemma3"}, ("text_config",)),
     "other text config": (
         {"model_type": "gemma3"},

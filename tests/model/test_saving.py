@@ -39,6 +39,20 @@ MODELS = {
     "gemma2": {"model_type": "gemma2", "sliding_window": 5},
     "gemma3_text": {"model_type": "gemma3_text", "sliding_window": 5, "sliding_window_pattern": 2},
     "cwm": {"model_type": "cwm", "sliding_window": 5},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+    },
 }
 IDS = list(range(3, 43))
 

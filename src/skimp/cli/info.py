@@ -42,6 +42,7 @@ def describe(name: str, spec: Any, dtype: str) -> dict[str, Any]:
     from skimp.kernels import native
     from skimp.kernels.native.library import library
     from skimp.meter.work import spec_work
+    from skimp.model.spec import GatedFFNSpec
 
     chosen = EngineOptions(dtype=dtype).dtype  # type: ignore[arg-type]
     stored = "float32" if spec.dtype == "float16" else spec.dtype
@@ -52,17 +53,34 @@ def describe(name: str, spec: Any, dtype: str) -> dict[str, Any]:
         reach = "the whole past" if m.window is None else f"a window of {m.window}"
         kind = f"{m.num_heads} heads, {m.num_kv_heads} KV heads of {m.head_dim}, {reach}"
         mixers[kind] = mixers.get(kind, 0) + 1
+    widths: set[int] = set()
+    experts: dict[str, int] = {}
+    for ffn in (layer.ffn for layer in spec.layers):
+        if isinstance(ffn, GatedFFNSpec):
+            widths.add(ffn.intermediate_size)
+        else:
+            kind = f"{ffn.num_experts} experts of {ffn.intermediate_size}, "
+            kind += f"{ffn.experts_per_token} a token"
+            if ffn.shared is not None:
+                kind += f", and a shared one of {ffn.shared.intermediate_size}"
+            experts[kind] = experts.get(kind, 0) + 1
     parameters = sum(m.weights for m in work.matrices)
+    idle = sum(m.weights * (1 - m.chance) for m in work.matrices)
     if not spec.tie_embeddings:
         parameters += spec.vocab_size * spec.hidden_size
     parameters += work.vector_bytes // 4
-    usable = native.available()
+    missing = native.lacks(spec)
+    usable = native.available() and missing is None
+    kernels = native.describe() if native.available() else "not built"
+    if missing is not None:
+        kernels = f"the native kernels have no {missing}"
     return {
         "model": name,
         "family": spec.family,
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
-        "intermediate_size": sorted({layer.ffn.intermediate_size for layer in spec.layers}),
+        "intermediate_size": sorted(widths),
+        "experts": experts,
         "vocab_size": spec.vocab_size,
         "tied_embeddings": spec.tie_embeddings,
         "mixers": mixers,
@@ -70,12 +88,13 @@ def describe(name: str, spec: Any, dtype: str) -> dict[str, Any]:
         "checkpoint_dtype": spec.dtype,
         "dtype": work.compute_dtype,
         "parameters": parameters,
+        "parameters_per_token": round(parameters - idle),
         "weight_bytes": round(work.resident_weight_bytes),
         "weight_bytes_per_step": round(step_cost(work, uniform(1, 1)).weight_bytes),
         "cache_bytes_per_token": work.cache_bytes_per_token,
         "cache_bytes_at_max_positions": work.cache_bytes(spec.max_positions),
         "backend": "native" if usable else "plain",
-        "native_kernels": native.describe() if usable else "not built",
+        "native_kernels": kernels,
         "isa": library().isa() if usable else torch.backends.cpu.get_cpu_capability(),
         "threads": native.get_threads() if usable else torch.get_num_threads(),
         "skimp": skimp.__version__,
@@ -86,17 +105,21 @@ def describe(name: str, spec: Any, dtype: str) -> dict[str, Any]:
 def _print(found: dict[str, Any]) -> None:
     from skimp.cli.output import bytes_text
 
-    inner = ", ".join(str(n) for n in found["intermediate_size"])
+    inner = "".join(f"feed-forward {n}, " for n in found["intermediate_size"])
+    active = ""
+    if found["experts"]:
+        active = f", {found['parameters_per_token'] / 1e6:,.1f} million of them a token"
     tied = "tied" if found["tied_embeddings"] else "untied"
     lines = [
         ("model", f"{found['model']} ({found['family']})"),
-        ("parameters", f"{found['parameters'] / 1e6:,.1f} million"),
+        ("parameters", f"{found['parameters'] / 1e6:,.1f} million{active}"),
         (
             "shape",
-            f"{found['layers']} layers, hidden {found['hidden_size']}, feed-forward {inner}, "
+            f"{found['layers']} layers, hidden {found['hidden_size']}, {inner}"
             f"vocabulary {found['vocab_size']:,} ({tied} embeddings)",
         ),
         *(("attention", f"{n} x {kind}") for kind, n in found["mixers"].items()),
+        *(("experts", f"{n} x {kind}") for kind, n in found["experts"].items()),
         ("context", f"{found['max_positions']:,} tokens"),
         (
             "weights",

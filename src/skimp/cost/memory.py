@@ -36,7 +36,9 @@ def memory_plan(
     if context < 1:
         raise ValueError(f"context: at least 1 token, not {context}")
     rows = max(batch, step_tokens)
-    widest = max((m.in_features + m.out_features for m in work.matrices if not m.head), default=0)
+    # A row is there once for each expert it goes to.
+    widths = (m.used * (m.in_features + m.out_features) for m in work.matrices if not m.head)
+    widest = max(widths, default=0)
     return MemoryPlan(
         batch=batch,
         context=context,

@@ -6,7 +6,9 @@ and how many of them are new.
 
 Rules of the count:
 
-* a matrix is read once a step, whatever the number of rows;
+* a matrix is read once a step, whatever the number of rows; one of E experts, k of which a row
+  goes to, only if some row hits it: E (1 - (1 - k/E)^rows) of them are read, as expected if rows
+  choose evenly and apart from each other. Rows of one text are more alike, so they read less;
 * the embedding table is read one row a token, the output matrix (tied or not) whole, and only if
   some row wants logits;
 * rows of one sequence share one read of its past (what blocked attention does), new keys and
@@ -16,8 +18,10 @@ Rules of the count:
 from __future__ import annotations
 
 import fnmatch
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from skimp.cache.spec import CacheSpec
@@ -25,7 +29,13 @@ from skimp.formats.weight import WeightFormat
 from skimp.model.spec import ModelSpec
 
 Kind = Literal["matmul", "attention"]
-TERMS = {"mixer": "attention projections", "ffn": "feed-forward"}
+TERMS = {
+    "mixer": "attention projections",
+    "ffn": "feed-forward",
+    "ffn.router": "router",
+    "ffn.experts": "experts",
+}
+EXPERT = re.compile(r"(\.experts)\.\d+\.")
 
 _ITEM_BYTES = (
     ("float32", 4),
@@ -55,8 +65,9 @@ def item_bytes(dtype: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixWork:
-    """One weight matrix. ``bits`` are those read per weight, scales and zero points included;
-    ``format`` is None for a dense matrix."""
+    """One weight matrix, or the ``copies`` of it that a layer's experts have alike, each of which a
+    row goes through with ``chance``. ``bits`` are those read per weight, scales and zero points
+    included; ``format`` is None for a dense matrix."""
 
     name: str
     term: str  # the line it adds to in a breakdown
@@ -65,6 +76,8 @@ class MatrixWork:
     bits: float
     head: bool = False  # multiplied only by the rows whose logits are wanted
     format: WeightFormat | None = None
+    copies: int = 1
+    chance: float = 1.0
 
     @property
     def arithmetic(self) -> str | None:
@@ -73,11 +86,23 @@ class MatrixWork:
 
     @property
     def weights(self) -> int:
-        return self.in_features * self.out_features
+        return self.copies * self.in_features * self.out_features
 
     @property
     def bytes(self) -> float:
         return self.weights * self.bits / 8
+
+    def share_read(self, rows: int) -> float:
+        """Of the copies, by a step of so many rows, as expected."""
+        return 1 - (1 - self.chance) ** rows
+
+    def bytes_read(self, rows: int) -> float:
+        return self.bytes * self.share_read(rows)
+
+    @property
+    def used(self) -> float:
+        """Copies that a row goes through."""
+        return self.copies * self.chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +253,8 @@ def model_work(
     whose name matches a shell pattern, such as ``{"layers.*": 4.125, "lm_head": 16}``; the first
     match counts, and a pattern that matches nothing is refused. Matrices are named
     ``layers.<i>.<name of LayerSpec.matrices>`` and ``lm_head``; ``embed_tokens`` sets the bits of
-    an untied table.
+    an untied table. Experts' matrices that are alike are one, called ``layers.<i>.ffn.experts.*``
+    and so on.
     """
     dtype = spec.dtype if dtype is None else dtype
     dense_bits = 8.0 * item_bytes(dtype)
@@ -255,18 +281,21 @@ def model_work(
     matrices: list[MatrixWork] = []
     vectors = spec.hidden_size  # the final norm
     for i, layer in enumerate(spec.layers):
+        found: Counter[MatrixWork] = Counter()
         for name, (n_in, n_out) in layer.matrices(spec.hidden_size).items():
             full = f"layers.{i}.{name}"
-            matrices.append(
-                MatrixWork(
-                    name=full,
-                    term=TERMS[name.partition(".")[0]],
-                    in_features=n_in,
-                    out_features=n_out,
-                    bits=bits_of(full, n_in),
-                    format=format_of(full),
-                )
+            common = EXPERT.sub(r"\1.*.", full)
+            matrix = MatrixWork(
+                name=common,
+                term=_term(name),
+                in_features=n_in,
+                out_features=n_out,
+                bits=bits_of(full, n_in),
+                format=format_of(full),
+                chance=layer.chance(name),
             )
+            found[matrix] += 1
+        matrices += [replace(matrix, copies=count) for matrix, count in found.items()]
         vectors += layer.vector_numbers(spec.hidden_size)
     head_bits = bits_of("lm_head", spec.hidden_size)
     matrices.append(
@@ -301,6 +330,12 @@ def model_work(
     )
 
 
+def _term(name: str) -> str:
+    """Of a matrix, by the longest part of its name in the layer that has one."""
+    parts = name.split(".")
+    return TERMS.get(".".join(parts[:2])) or TERMS[parts[0]]
+
+
 def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
     """Bytes and operations of one step over ``batch``."""
     steps = list(batch)
@@ -328,15 +363,18 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
     for (term, how), group in by_term.items():
         name = f"{term}, {how or work.compute_dtype}" if names.count(term) > 1 else term
         n = logit_rows if group[0].head else rows
-        io = sum(m.in_features + m.out_features for m in group)
+        io = sum(m.used * (m.in_features + m.out_features) for m in group)
+        weight_bytes = sum(m.bytes_read(n) for m in group)
+        # What a matrix that is read multiplies.
+        own = n * sum(m.used for m in group) / sum(m.copies * m.share_read(n) for m in group)
         terms.append(
             Term(
                 name=name,
                 kind="matmul",
-                weight_bytes=sum(m.bytes for m in group),
+                weight_bytes=weight_bytes,
                 activation_bytes=float(n * io * work.activation_bytes),
-                flops=2.0 * n * sum(m.weights for m in group),
-                rows=n,
+                flops=2.0 * n * sum(m.weights * m.chance for m in group),
+                rows=round(own),
                 arithmetic=how,
             )
         )

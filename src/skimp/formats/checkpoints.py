@@ -13,7 +13,7 @@ from skimp.errors import ConfigError, shown
 from skimp.formats.weight import QuantizedWeight, WeightFormat
 
 SCALE_DTYPES: Final = (torch.bfloat16, torch.float16, torch.float32)
-METHODS: Final = ("compressed-tensors", "gptq", "awq")
+METHODS: Final = ("compressed-tensors", "gptq", "awq", "mxfp4")
 
 
 @dataclass(frozen=True)

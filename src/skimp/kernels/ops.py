@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from skimp.cache.spec import CacheSpec
-from skimp.model.layers import Linear, RMSNorm
-from skimp.model.spec import Activation, AttentionSpec, LatentAttentionSpec
+from skimp.model.layers import FusedExperts, Linear, RMSNorm
+from skimp.model.spec import Activation, AttentionSpec, ExpertsSpec, LatentAttentionSpec
 
 PackLayout = Literal["stack", "gated", "table"]
 
@@ -111,6 +111,16 @@ class LatentParams:
     cache: LayerCache | None
 
 
+@dataclass
+class ExpertParams:
+    """A mixture of experts but for the shared one; built by the feed-forward sublayer."""
+
+    spec: ExpertsSpec
+    router: Linear
+    correction: Tensor | None  # float32 [experts]
+    experts: FusedExperts | Sequence[tuple[Linear, Linear, Linear]]  # each: gate, up, down
+
+
 class Ops(Protocol):
     """A backend. ``Any`` matrices are the backend's own packed form, made by :meth:`pack`."""
 
@@ -129,6 +139,10 @@ class Ops(Protocol):
         latent_dim], of each head first the key, for :meth:`latent_attention`."""
         ...
 
+    def pack_experts(self, params: ExpertParams) -> Any:
+        """A mixture of experts for :meth:`experts`."""
+        ...
+
     def embed(self, step: StepInputs, table: Any, scale: float) -> Tensor:
         """Rows ``step.token_ids`` of a ``table`` matrix times ``scale``: float32 [R, D]."""
         ...
@@ -144,6 +158,13 @@ class Ops(Protocol):
     ) -> Tensor:
         """``norm(x) @ matrix``; ``activation`` needs a gated matrix; ``residual`` is added (in
         place where the backend can) and returned as float32."""
+        ...
+
+    def experts(self, x: Tensor, experts: Any, norm: RMSNorm) -> Tensor:
+        """The experts of each row of ``norm(x)`` with their weights: float32 [R, D].
+
+        Router and sum are float32, the sum in the order of the experts.
+        """
         ...
 
     def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:

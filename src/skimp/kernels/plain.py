@@ -15,11 +15,19 @@ from skimp.cache.formats import hadamard
 from skimp.formats.weight import QuantizedWeight
 from skimp.kernels import cache_rows, latent
 from skimp.kernels.cache_rows import CachedRows
+from skimp.kernels.experts import route
 from skimp.kernels.latent import LatentHeads
 from skimp.kernels.lowbit import lowbit_linear
-from skimp.kernels.ops import AttentionParams, LatentParams, LayerCache, PackLayout, StepInputs
-from skimp.model.layers import Linear, RMSNorm, stacked_bias
-from skimp.model.spec import Activation, LatentAttentionSpec
+from skimp.kernels.ops import (
+    AttentionParams,
+    ExpertParams,
+    LatentParams,
+    LayerCache,
+    PackLayout,
+    StepInputs,
+)
+from skimp.model.layers import FusedExperts, Linear, RMSNorm, stacked_bias
+from skimp.model.spec import Activation, ClampedSwiGLU, ExpertsSpec, LatentAttentionSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -39,6 +47,28 @@ class PlainMatrix:
     bias: Tensor | None = None
     onednn: bool = False
     parts: tuple[Tensor | QuantizedWeight, ...] = ()  # a serving copy with low-bit matrices in it
+
+
+@dataclass
+class PlainExperts:
+    """``each``: an expert's gate and up, and down. None for fused ones that are trained, whose
+    matrices are taken out of ``fused`` at each use."""
+
+    spec: ExpertsSpec
+    router: PlainMatrix
+    correction: Tensor | None
+    each: list[tuple[PlainMatrix, PlainMatrix]] | None
+    fused: FusedExperts | None = None
+
+
+def gated(y: Tensor, activation: Activation | ClampedSwiGLU) -> Tensor:
+    """What enters the last product of a feed-forward network, of gate and up side by side."""
+    gate, up = y.chunk(2, dim=-1)
+    if isinstance(activation, ClampedSwiGLU):
+        gate = gate.clamp(max=activation.limit)
+        up = up.clamp(-activation.limit, activation.limit)
+        return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
+    return ACTIVATIONS[activation](gate) * up
 
 
 def rms_norm(x: Tensor, norm: RMSNorm) -> Tensor:
@@ -90,15 +120,18 @@ class PlainOps:
             return matrix
         with torch.no_grad():
             weights = [_weight(linear).detach() for linear in linears]
-            fused = torch.cat(weights) if len(weights) > 1 else weights[0]
-            if self._prepacks(fused, layout):
-                fused = torch.ops.mkldnn._reorder_linear_weight(fused.contiguous(), None)
-                matrix.onednn = True
-            matrix.fused = fused
+            self._hold(matrix, torch.cat(weights) if len(weights) > 1 else weights[0], layout)
         if layout != "table":
             for linear in linears:
                 linear.weight = None
         return matrix
+
+    def _hold(self, matrix: PlainMatrix, weight: Tensor, layout: PackLayout = "stack") -> None:
+        """Make ``weight`` [N, K] the serving copy."""
+        if self._prepacks(weight, layout):
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+            matrix.onednn = True
+        matrix.fused = weight
 
     def _prepacks(self, weight: Tensor, layout: PackLayout) -> bool:
         # float32 products stay with F.linear, which already reads row-major weights at full rate.
@@ -133,6 +166,14 @@ class PlainOps:
             return y if bias is None else y + bias.to(y.dtype)
         return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
+    def _gated(self, y: Tensor, activation: Activation | ClampedSwiGLU) -> Tensor:
+        return _below([gated(part, activation) for part in self._apart(y)])
+
+    def _apart(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Row by row if deterministic: exponentials of the last few numbers of a tensor are
+        computed otherwise than those of whole vectors, and differ in a bit."""
+        return x.split(1) if self.deterministic and len(x) else (x,)
+
     def embed(self, step: StepInputs, table: PlainMatrix, scale: float) -> Tensor:
         weight: Tensor | QuantizedWeight
         if table.fused is not None:
@@ -158,8 +199,7 @@ class PlainOps:
             x = rms_norm(x, norm)
         y = self._product(x.to(matrix.dtype), matrix)
         if activation is not None:
-            gate, up = y.chunk(2, dim=-1)
-            y = ACTIVATIONS[activation](gate) * up
+            y = gated(y, activation)
         return y if residual is None else residual + y.float()
 
     def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
@@ -179,6 +219,69 @@ class PlainOps:
         rows = x.index_select(0, step.logit_rows.to(torch.int64))
         y = self.matmul(rows, matrix, norm=norm).float()
         return y if softcap is None else softcap * torch.tanh(y / softcap)
+
+    # ---- experts --------------------------------------------------------------------------
+
+    def pack_experts(self, params: ExpertParams) -> PlainExperts:
+        experts, router = params.experts, params.router
+        held = PlainMatrix((router,), torch.float32)
+        if self.serving:
+            weight = router.take()
+            held.bias = None if router.bias is None else router.bias.detach().float()
+            if isinstance(weight, QuantizedWeight):
+                held.parts = (weight,)
+            else:
+                held.fused = weight.float()
+        packed = PlainExperts(params.spec, held, params.correction, None)
+        if not isinstance(experts, FusedExperts):
+            packed.each = [
+                (self.pack((gate, up), "gated"), self.pack((down,))) for gate, up, down in experts
+            ]
+        elif not self.serving:
+            packed.fused = experts
+        else:
+            with torch.no_grad():
+                packed.each = [
+                    (self._held_copy(*experts.gate_up(i)), self._held_copy(*experts.down(i)))
+                    for i in range(params.spec.num_experts)
+                ]
+            experts.release()
+        return packed
+
+    def _held_copy(self, weight: Tensor, bias: Tensor | None) -> PlainMatrix:
+        matrix = PlainMatrix((), weight.dtype, bias=bias)
+        self._hold(matrix, weight.contiguous())
+        return matrix
+
+    def experts(self, x: Tensor, experts: PlainExperts, norm: RMSNorm) -> Tensor:
+        rows, spec = rms_norm(x, norm), experts.spec
+        logits = self._router_logits(rows, experts.router)
+        routed = [route(part, spec, experts.correction) for part in self._apart(logits)]
+        chosen, weights = (_below(parts) for parts in zip(*routed))
+        out = torch.zeros_like(rows)
+        for index in chosen.unique().tolist():  # ascending: the order of a row's sum
+            at, place = (chosen == index).nonzero(as_tuple=True)
+            y = self._expert(rows[at], experts, index)
+            out.index_add_(0, at, weights[at, place, None] * y.float())
+        return out
+
+    def _router_logits(self, rows: Tensor, router: PlainMatrix) -> Tensor:
+        """In float32 whatever the weights' dtype: small differences choose."""
+        if self.serving or router.linears[0].quantized is not None:
+            return self._product(rows, router)
+        bias = router.linears[0].bias
+        weight = _weight(router.linears[0]).float()
+        return F.linear(rows, weight, None if bias is None else bias.float())
+
+    def _expert(self, rows: Tensor, experts: PlainExperts, index: int) -> Tensor:
+        activation = experts.spec.activation
+        if experts.each is None:
+            assert experts.fused is not None
+            y = self._one(rows, *experts.fused.gate_up(index))
+            return self._one(self._gated(y, activation), *experts.fused.down(index))
+        first, last = experts.each[index]
+        y = self._product(rows.to(first.dtype), first)
+        return self._product(self._gated(y, activation).to(last.dtype), last)
 
     # ---- attention ------------------------------------------------------------------------
 
@@ -292,6 +395,10 @@ class PlainOps:
 
 def _beside(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _below(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
 
 
 def _held(linear: Linear) -> Tensor | QuantizedWeight:

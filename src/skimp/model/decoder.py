@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from skimp.cache.spec import CacheSpec
 from skimp.kernels.ops import LayerCache, Ops, StepInputs
-from skimp.model.ffn import GatedFFN
+from skimp.model.ffn import make_ffn
 from skimp.model.layers import Linear, RMSNorm
 from skimp.model.mixers import cache_spec, make_mixer
 from skimp.model.rope import rope_tables
@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
         )
         self.mixer_post_norm = norm() if spec.post_norms else None
         self.ffn_norm = norm()
-        self.ffn = GatedFFN(spec.ffn, model.hidden_size)
+        self.ffn = make_ffn(spec.ffn, model.hidden_size)
         self.ffn_post_norm = norm() if spec.post_norms else None
 
     def forward(self, x_RD: Tensor, ops: Ops, step: StepInputs) -> Tensor:
@@ -51,12 +51,16 @@ class DecoderLayer(nn.Module):
     def _add(
         self, x_RD: Tensor, y: Tensor, matrix: Any, post_norm: RMSNorm | None, ops: Ops
     ) -> Tensor:
-        """A sublayer's last product, added to the residual stream."""
+        """A sublayer's last product, or what one without a last matrix made, added to the residual
+        stream."""
+        scale = self.spec.residual_scale
+        if matrix is not None:
+            if post_norm is None and scale == 1.0:
+                return ops.matmul(y, matrix, residual=x_RD)
+            y = ops.matmul(y, matrix)
         if post_norm is not None:
-            return ops.add_norm(x_RD, ops.matmul(y, matrix), post_norm)
-        if self.spec.residual_scale != 1.0:
-            return ops.add_scaled(x_RD, ops.matmul(y, matrix), self.spec.residual_scale)
-        return ops.matmul(y, matrix, residual=x_RD)
+            return ops.add_norm(x_RD, y, post_norm)
+        return ops.add_scaled(x_RD, y, scale)
 
 
 class Decoder(nn.Module):

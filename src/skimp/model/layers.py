@@ -47,6 +47,41 @@ class Linear(nn.Module):
         return matrix.detach() if isinstance(matrix, Tensor) else matrix
 
 
+class FusedExperts(nn.Module):
+    """The experts of a layer in two tensors, as gpt-oss stores them: inputs come before outputs,
+    and gate and up lie in turns. ``gate_up_proj`` is [experts, in_features, 2 * inner],
+    ``down_proj`` [experts, inner, in_features]."""
+
+    def __init__(self, experts: int, in_features: int, inner: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj: nn.Parameter | None = nn.Parameter(
+            torch.empty(experts, in_features, 2 * inner)
+        )
+        self.gate_up_proj_bias: nn.Parameter | None = None
+        self.down_proj: nn.Parameter | None = nn.Parameter(torch.empty(experts, inner, in_features))
+        self.down_proj_bias: nn.Parameter | None = None
+        if bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(experts, 2 * inner))
+            self.down_proj_bias = nn.Parameter(torch.empty(experts, in_features))
+
+    def gate_up(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """[2 * inner, in_features], all of gate before all of up, and the bias; differentiable."""
+        assert self.gate_up_proj is not None, "these experts were packed before"
+        weight, bias = self.gate_up_proj[expert].T, self.gate_up_proj_bias
+        apart = None if bias is None else torch.cat((bias[expert, 0::2], bias[expert, 1::2]))
+        return torch.cat((weight[0::2], weight[1::2])), apart
+
+    def down(self, expert: int) -> tuple[Tensor, Tensor | None]:
+        """[in_features, inner] and the bias; differentiable."""
+        assert self.down_proj is not None, "these experts were packed before"
+        bias = self.down_proj_bias
+        return self.down_proj[expert].T, None if bias is None else bias[expert]
+
+    def release(self) -> None:
+        """A backend holds its own copy: the module keeps nothing of the matrices."""
+        self.gate_up_proj = self.down_proj = None
+
+
 def stacked_bias(linears: Sequence[Linear]) -> Tensor | None:
     """Biases one after another, zeros for those without; None if there is none."""
     given = [linear.bias.detach() for linear in linears if linear.bias is not None]

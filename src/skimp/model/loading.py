@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from skimp.errors import CheckpointError, ConfigError, SkimpWarning
-from skimp.formats import QuantizedWeight, WeightFormat, quantize
+from skimp.formats import QuantizedWeight, WeightFormat, mxfp4, quantize
 from skimp.formats.checkpoints import Part, Spelling, spelling
 from skimp.model import families
 from skimp.model.checkpoint import StoredTensor, inside, map_tensors, read_directory, read_json
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 FLOATS: Final = (torch.float32, torch.bfloat16, torch.float16)
 CONFIG_FILE: Final = "config.json"
 GENERATION_FILE: Final = "generation_config.json"
+FUSED: Final = (".experts.gate_up_proj", ".experts.down_proj")
 CACHE_SCALES: Final = (".k_scale", ".v_scale")
 RANDOM_CHUNK: Final = 1 << 21  # weights drawn from one generator
 
@@ -77,14 +78,14 @@ def load_decoder(directory: Path | str, *, dtype: torch.dtype | str = "auto") ->
     target = None if dtype == "auto" else as_dtype(dtype)
     stored = load_stored(directory, spec, decoder)
     if target is None:
-        found = {tensor.dtype for tensor in stored.dense.values()}
+        found = {t.dtype for name, t in stored.dense.items() if not keeps_float32(name)}
         target = found.pop() if len(found) == 1 else as_dtype(spec.dtype)
         if target == torch.float16:
             target = torch.float32
     formats = dict(spec.formats)
     for name, value in stored.read():
         if isinstance(value, Tensor):
-            assign(decoder, name, value.to(target))
+            assign(decoder, name, value.to(torch.float32 if keeps_float32(name) else target))
             formats.pop(name.removesuffix(".weight"), None)  # none of ours could hold it
         else:
             linear = decoder.get_submodule(name.removesuffix(".weight"))
@@ -97,8 +98,8 @@ def load_decoder(directory: Path | str, *, dtype: torch.dtype | str = "auto") ->
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """Where a model's tensors lie: dense ones by our parameter names, and the parts of those in
-    low-bit formats by our matrix names."""
+    """Where a model's tensors lie, by our parameter names: dense ones, and the parts of those in
+    low-bit formats."""
 
     dense: dict[str, StoredTensor]
     parts: dict[str, dict[str, StoredTensor]]
@@ -108,7 +109,7 @@ class Stored:
 
     def names(self) -> list[str]:
         """Our parameter names, the low-bit matrices under their weights'."""
-        return [*self.dense, *(f"{name}.weight" for name in self.parts)]
+        return [*self.dense, *self.parts]
 
     def read(
         self, names: Collection[str] | None = None
@@ -118,31 +119,34 @@ class Stored:
         wanted = set(self.names() if names is None else names)
         flat = {name: tensor for name, tensor in self.dense.items() if name in wanted}
         part_of: dict[str, tuple[str, str]] = {}
-        for matrix, parts in self.parts.items():
-            if f"{matrix}.weight" not in wanted:
+        for name, parts in self.parts.items():
+            if name not in wanted:
                 continue
             for part, place in parts.items():
-                key = f"{matrix}:{part}"
-                flat[key], part_of[key] = place, (matrix, part)
+                key = f"{name}:{part}"
+                flat[key], part_of[key] = place, (name, part)
         waiting: dict[str, dict[str, Tensor]] = {}
         for key, tensor in map_tensors(flat):
             if key not in part_of:
                 yield key, tensor
                 continue
-            matrix, part = part_of[key]
-            found = waiting.setdefault(matrix, {})
+            name, part = part_of[key]
+            found = waiting.setdefault(name, {})
             found[part] = tensor
-            if len(found) == len(self.parts[matrix]):
-                yield f"{matrix}.weight", self._decode(matrix, waiting.pop(matrix))
+            if len(found) == len(self.parts[name]):
+                yield name, self._decode(name, waiting.pop(name))
             del found, tensor
 
-    def _decode(self, matrix: str, parts: dict[str, Tensor]) -> Tensor | QuantizedWeight:
-        assert self.spelling is not None
-        n, k = self.shapes[f"{matrix}.weight"]
+    def _decode(self, name: str, parts: dict[str, Tensor]) -> Tensor | QuantizedWeight:
+        matrix = name.removesuffix(".weight")
         try:
+            if matrix not in self.formats:
+                return mxfp4.decode(self.shapes[name], parts)
+            assert self.spelling is not None
+            n, k = self.shapes[name]
             return self.spelling.decode(self.formats[matrix], (n, k), parts)
         except CheckpointError as error:
-            file = next(iter(self.parts[matrix].values())).file
+            file = next(iter(self.parts[name].values())).file
             raise CheckpointError(f"{file}: {matrix}: {error}") from None
 
 
@@ -152,20 +156,26 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
     config = load_config(directory)
     speller = spelling(config["quantization_config"]) if spec.formats else None
     shapes = parameter_shapes(spec)
-    ours = {theirs: name for name, theirs in families.tensor_names(spec).items()}
+    stored_as = families.tensor_names(spec)
+    ours = {theirs: name for name, theirs in stored_as.items()}
     assert set(shapes) == set(ours.values()), "family and decoder disagree on parameter names"
-    places: dict[str, tuple[str, str]] = {}  # a part's name in the files: our matrix, the part
+    places: dict[str, tuple[str, str]] = {}  # a part's name in the files: our name, the part
     wanted: dict[str, dict[str, Part]] = {}
     for matrix, form in spec.formats.items():
         assert speller is not None
-        n, k = shapes[f"{matrix}.weight"]
-        wanted[matrix] = speller.parts(form, (n, k))
-        module = families.tensor_names(spec)[f"{matrix}.weight"].removesuffix(".weight")
-        del ours[f"{module}.weight"]
-        places |= {f"{module}.{part}": (matrix, part) for part in wanted[matrix]}
+        name = f"{matrix}.weight"
+        n, k = shapes[name]
+        wanted[name] = speller.parts(form, (n, k))
+        module = stored_as[name].removesuffix(".weight")
+        del ours[stored_as[name]]
+        places |= {f"{module}.{part}": (name, part) for part in wanted[name]}
+    if mxfp4.is_named(config.get("quantization_config")):
+        for name in (n for n in shapes if n.endswith(FUSED)):
+            wanted[name] = mxfp4.parts(shapes[name])
+            places |= {f"{stored_as[name]}_{part}": (name, part) for part in wanted[name]}
     rename = families.family_of(config).stored_name
     dense: dict[str, StoredTensor] = {}
-    parts: dict[str, dict[str, StoredTensor]] = {matrix: {} for matrix in wanted}
+    parts: dict[str, dict[str, StoredTensor]] = {name: {} for name in wanted}
     extra: list[StoredTensor] = []
     superseded = 0
     for raw, tensor in read_directory(directory).items():
@@ -175,8 +185,8 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
         if theirs in ours:
             into, key = dense, ours[theirs]
         elif theirs in places:
-            matrix, key = places[theirs]
-            into = parts[matrix]
+            name, key = places[theirs]
+            into = parts[name]
         elif spec.cache_format is not None and theirs.endswith(CACHE_SCALES):
             superseded += 1
             continue
@@ -191,13 +201,13 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
             f"{directory}: {superseded} fixed cache scales are skipped: skimp scales each token"
         )
         warnings.warn(message, SkimpWarning, stacklevel=2)
-    missing = [theirs for theirs, name in ours.items() if name not in dense]
+    missing = [t for t, name in ours.items() if name not in dense and not parts.get(name)]
     missing += [
-        name
-        for name, (matrix, part) in places.items()
-        if wanted[matrix][part].required
-        and part not in parts[matrix]
-        and wanted[matrix][part].instead not in parts[matrix]
+        theirs
+        for theirs, (name, part) in places.items()
+        if (wanted[name][part].required or (name not in dense and stored_as[name] in ours))
+        and part not in parts[name]
+        and wanted[name][part].instead not in parts[name]
     ]
     extra = [
         tensor
@@ -215,9 +225,13 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
         )
     for name, tensor in dense.items():
         _check_stored(tensor, Part((shapes[name],), FLOATS))
-    for matrix, found in parts.items():
+    for name, found in parts.items():
         for part, tensor in found.items():
-            _check_stored(tensor, wanted[matrix][part])
+            _check_stored(tensor, wanted[name][part])
+            if name in dense:
+                first = dense[name].name
+                raise CheckpointError(f"{tensor.file}: {tensor.name!r} and {first!r} are the same")
+    parts = {name: found for name, found in parts.items() if found}
     return Stored(dense=dense, parts=parts, formats=spec.formats, shapes=shapes, spelling=speller)
 
 
@@ -279,6 +293,12 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in decoder.named_parameters()}
 
 
+def keeps_float32(name: str) -> bool:
+    """Whether a parameter of ours is float32 in a model of any dtype: a router's correction, small
+    differences of which choose (DeepSeek-V3 stores it so)."""
+    return name.endswith(".correction")
+
+
 def assign(decoder: nn.Module, name: str, tensor: Tensor) -> None:
     """Make ``tensor`` the parameter ``name``, without a copy."""
     path, _, attribute = name.rpartition(".")
@@ -295,7 +315,8 @@ def random_decoder(spec: ModelSpec, seed: int = 0, dtype: torch.dtype | str = "f
     seeds = torch.Generator().manual_seed(seed)
     chunks: list[tuple[Tensor, float, int]] = []
     for name, parameter in list(decoder.named_parameters()):
-        tensor = torch.empty(parameter.shape, dtype=target)
+        dtype = torch.float32 if keeps_float32(name) else target
+        tensor = torch.empty(parameter.shape, dtype=dtype)
         mean = 1.0 if "norm" in name and not spec.norm_plus_one else 0.0
         pieces = tensor.view(-1).split(RANDOM_CHUNK)
         for piece, draw in zip(pieces, torch.randint(2**62, (len(pieces),), generator=seeds)):

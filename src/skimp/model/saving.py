@@ -26,7 +26,13 @@ from skimp.formats import QuantizedWeight, compressed_tensors
 from skimp.model import families
 from skimp.model.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE, inside
 from skimp.model.layers import Linear
-from skimp.model.loading import CONFIG_FILE, FLOATS, GENERATION_FILE, parameter_shapes
+from skimp.model.loading import (
+    CONFIG_FILE,
+    FLOATS,
+    GENERATION_FILE,
+    keeps_float32,
+    parameter_shapes,
+)
 from skimp.model.manifest import write_manifest
 from skimp.model.spec import ModelSpec
 
@@ -76,7 +82,7 @@ def save_checkpoint(
     if isinstance(tensors, nn.Module):
         tensors = module_tensors(tensors)
     pieces = _pieces(spec, tensors)
-    dtypes = {piece.dtype for piece in pieces if piece.part is None}
+    dtypes = {p.dtype for p in pieces if p.part is None and not keeps_float32(p.name)}
     if len(dtypes) == 1:
         spec = dataclasses.replace(spec, dtype=str(dtypes.pop()).removeprefix("torch."))
     config = families.to_config(spec)  # before any work, since the class may not be able to

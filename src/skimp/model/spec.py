@@ -167,9 +167,103 @@ class GatedFFNSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClampedSwiGLU:
+    """``(u + 1) * g * sigmoid(alpha * g)``, where u is the up projection cut to ``limit`` on both
+    sides and g the gate cut to it from above (gpt-oss, 2025)."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterSpec:
+    """Which experts a token goes to, and what each of them counts.
+
+    Every expert has a score, the softmax or sigmoid of a product in float32. Those with the
+    largest are chosen, the first of equals. A softmax over the chosen logits alone (gpt-oss) is
+    ``normalize``, since the sum over all cancels.
+    """
+
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    bias: bool = False  # of the product
+    correction: bool = False  # a learned number is added to each score, for the choice alone
+    groups: int = 1  # neighbouring experts, of which only the best groups_chosen are chosen from
+    groups_chosen: int = 1
+    group_score: Literal["max", "top2"] = "max"  # its best score, or the sum of its best two
+    normalize: bool = False  # the weights of the chosen are divided by their sum
+    normalize_eps: float = 0.0  # added to that sum
+    scale: float = 1.0  # of the weights, at last
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """A mixture of experts (Shazeer et al. 2017): each token goes through ``experts_per_token`` of
+    ``num_experts`` gated feed-forward networks, whose outputs are added up with the router's
+    weights. ``shared`` is one more that every token goes through, with weight 1."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int  # of one expert
+    activation: Activation | ClampedSwiGLU = "silu"
+    bias: bool = False
+    router: RouterSpec = RouterSpec()
+    shared: GatedFFNSpec | None = None
+    fused: bool = False  # all experts lie in two tensors, as gpt-oss stores them
+
+    def __post_init__(self) -> None:
+        r = self.router
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token: {self.experts_per_token} of {self.num_experts} experts"
+            )
+        if r.groups < 1 or self.num_experts % r.groups:
+            raise ValueError(f"groups: {r.groups} do not divide {self.num_experts} experts")
+        size = self.num_experts // r.groups
+        if not 1 <= r.groups_chosen <= r.groups:
+            raise ValueError(f"groups_chosen: {r.groups_chosen} of {r.groups} groups")
+        if r.groups_chosen * size < self.experts_per_token:
+            raise ValueError(
+                f"groups_chosen: {r.groups_chosen} groups of {size} experts are fewer than the "
+                f"{self.experts_per_token} of a token"
+            )
+        if r.group_score == "top2" and size < 2:
+            raise ValueError(f"groups: {r.groups} of one expert have no best two")
+
+    @property
+    def chance(self) -> float:
+        """That a token goes to a certain expert, if all get as many."""
+        return self.experts_per_token / self.num_experts
+
+    def matrices(self, hidden_size: int) -> dict[str, Shape]:
+        """An expert's are ``experts.3.gate_proj``, as it is stored or, if ``fused``, a part of the
+        tensor ``experts.gate_up_proj``."""
+        inner = self.intermediate_size
+        one = GatedFFNSpec(intermediate_size=inner).matrices(hidden_size)
+        if self.fused:
+            one = {"gate_up_proj": (hidden_size, 2 * inner), "down_proj": (inner, hidden_size)}
+        found = {"router": (hidden_size, self.num_experts)}
+        for i in range(self.num_experts):
+            found |= {f"experts.{i}.{name}": shape for name, shape in one.items()}
+        if self.shared is not None:
+            shared = self.shared.matrices(hidden_size)
+            found |= {f"shared.{name}": shape for name, shape in shared.items()}
+        return found
+
+    def vector_numbers(self, hidden_size: int) -> int:
+        """In biases, those of all experts."""
+        total = self.num_experts * (self.router.bias + self.router.correction)
+        if self.bias:
+            total += self.num_experts * (2 * self.intermediate_size + hidden_size)
+        return total + (0 if self.shared is None else self.shared.vector_numbers(hidden_size))
+
+
+FFNSpec = GatedFFNSpec | ExpertsSpec
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     mixer: MixerSpec
-    ffn: GatedFFNSpec
+    ffn: FFNSpec
     post_norms: bool = False  # gemma: each sublayer's output is normed before it is added
     residual_scale: float = 1.0  # of what each sublayer adds
 
@@ -181,6 +275,11 @@ class LayerSpec:
             for part, spec in parts
             for name, shape in spec.matrices(hidden_size).items()
         }
+
+    def chance(self, name: str) -> float:
+        """That a token goes through the matrix ``name``, if all experts get as many tokens."""
+        ffn = self.ffn
+        return ffn.chance if isinstance(ffn, ExpertsSpec) and "ffn.experts." in name else 1.0
 
     def vector_numbers(self, hidden_size: int) -> int:
         """Numbers in norms, biases and sinks."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from skimp.errors import ShrinkError
 from skimp.formats.weight import QuantizedWeight
-from skimp.model.spec import AttentionSpec
+from skimp.model.spec import AttentionSpec, GatedFFNSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,18 @@ def require_attention(spec: ModelSpec, kind: str) -> tuple[AttentionSpec, ...]:
                 f"{kind}: layer {index} has latent attention, which {kind} cannot take"
             )
         found.append(layer.mixer)
+    return tuple(found)
+
+
+def require_gated(spec: ModelSpec, kind: str) -> tuple[GatedFFNSpec, ...]:
+    """Each layer's feed-forward network. Raises ShrinkError if one is a mixture of experts."""
+    found = []
+    for index, layer in enumerate(spec.layers):
+        if not isinstance(layer.ffn, GatedFFNSpec):
+            raise ShrinkError(
+                f"{kind}: layer {index} is a mixture of experts, which {kind} cannot take"
+            )
+        found.append(layer.ffn)
     return tuple(found)
 
 

@@ -127,7 +127,7 @@ def size_of(spec: ModelSpec, open_bits: Mapping[str, float] | None = None) -> Si
     whose format is not chosen yet, whatever ``spec`` says of them."""
     open_bits = open_bits or {}
     shapes, sizes = parameter_shapes(spec), _sizes(spec, open_bits)
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    matrices = [name for name, shape in shapes.items() if len(shape) >= 2]
     weights = sum(math.prod(shapes[name]) for name in matrices)
     names = {matrix: form.name for matrix, form in spec.formats.items()}
     names |= dict.fromkeys(open_bits, OPEN)

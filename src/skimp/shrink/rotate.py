@@ -17,6 +17,7 @@ from skimp.shrink.fold import (
     narrow,
     require_attention,
     require_dense,
+    require_gated,
     wide,
 )
 from skimp.shrink.hadamard import MatrixKind, Rotation, rotation
@@ -51,6 +52,7 @@ class Rotate(BaseModel):
     def need(self, spec: ModelSpec) -> Need:
         require_dense(spec, self.kind)
         require_attention(spec, self.kind)
+        ffns = require_gated(spec, self.kind)
         if not (self.residual or self.values):
             raise ShrinkError("residual: both residual and values are false, nothing would rotate")
         if self.residual and any(layer.post_norms for layer in spec.layers):
@@ -60,7 +62,7 @@ class Rotate(BaseModel):
             )
         # A tied table becomes two matrices, and the second needs the gain of the last norm.
         passes = 2 if self._unties(spec) else 1
-        largest = max(spec.hidden_size, *(layer.ffn.intermediate_size for layer in spec.layers))
+        largest = max(spec.hidden_size, *(ffn.intermediate_size for ffn in ffns))
         table = 4 * spec.vocab_size * spec.hidden_size * (2 if self._unties(spec) else 1)
         layer = 8 * 2 * 3 * spec.hidden_size * largest
         return Need(passes=passes, extra_bytes=max(table, layer) + 8 * spec.hidden_size**2)

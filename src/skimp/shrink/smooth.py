@@ -18,6 +18,7 @@ from skimp.shrink.fold import (
     narrow,
     require_attention,
     require_dense,
+    require_gated,
     storable,
     wide,
 )
@@ -51,7 +52,7 @@ class Smooth(BaseModel):
     def need(self, spec: ModelSpec) -> Need:
         require_dense(spec, self.kind)
         require_attention(spec, self.kind)
-        widest = max(layer.ffn.intermediate_size for layer in spec.layers)
+        widest = max(ffn.intermediate_size for ffn in require_gated(spec, self.kind))
         # The layer in float64, and in float32 for the forward that looks and the one that leaves.
         largest = largest_layer(spec)
         rows = 0 if self.alpha != "auto" else 4 * KEPT_ROWS * (2 * spec.hidden_size + widest)

@@ -12,13 +12,21 @@ from torch import Tensor
 
 from skimp.kernels.native import matrix as packed
 from skimp.kernels.native import structs
+from skimp.kernels.native.experts import PackedExperts, pack_experts
 from skimp.kernels.native.library import library
 from skimp.kernels.native.matrix import PackedMatrix, PackedStack
 from skimp.kernels.native.memory import PanelMemory
 from skimp.kernels.native.workspace import Workspace
-from skimp.kernels.ops import AttentionParams, LatentParams, LayerCache, PackLayout, StepInputs
+from skimp.kernels.ops import (
+    AttentionParams,
+    ExpertParams,
+    LatentParams,
+    LayerCache,
+    PackLayout,
+    StepInputs,
+)
 from skimp.model.layers import Linear, RMSNorm
-from skimp.model.spec import Activation, LatentAttentionSpec, ModelSpec
+from skimp.model.spec import Activation, ClampedSwiGLU, LatentAttentionSpec, ModelSpec
 
 
 class Program:
@@ -205,16 +213,50 @@ class NativeOps:
         logit_rows: Tensor | None = None,
     ) -> None:
         program = self.program
+        factor = _factor(norm)
+        op = self._matmul_op(
+            x,
+            matrix,
+            out,
+            norm=norm,
+            factor=factor,
+            activation=activation,
+            residual=residual,
+            softcap=softcap,
+            logit_rows=logit_rows,
+        )
+        program.append(op, matrix, factor, logit_rows, *program.external(x, out))
+
+    def _matmul_op(
+        self,
+        x: Tensor,
+        matrix: PackedMatrix,
+        out: Tensor,
+        *,
+        norm: RMSNorm | None = None,
+        factor: Tensor | None = None,
+        activation: Activation | ClampedSwiGLU | None = None,
+        residual: Tensor | None = None,
+        softcap: float | None = None,
+        logit_rows: Tensor | None = None,
+    ) -> structs.MatmulOp:
+        """``factor`` is that of ``norm``; the caller keeps it, and what else is pointed to."""
+        program = self.program
         if (activation is not None) != matrix.gated:
             raise ValueError("an activation needs a gated matrix, and a gated matrix an activation")
         assert norm is None or x.dtype == torch.float32, "only float32 rows are normed"
         assert residual is None or residual.dtype == torch.float32
         _check_rows(x, matrix.in_features)
         _check_rows(out, matrix.out_features)
-        factor = None if norm is None else norm.factor().detach().contiguous()
-        dtype = self._compute_dtype(matrix, x, norm)
+        alpha = limit = 0.0
+        if isinstance(activation, ClampedSwiGLU):
+            kind, alpha, limit = structs.CLAMPED, activation.alpha, activation.limit
+        else:
+            kind = structs.ACTIVATIONS[activation]
         op = structs.MatmulOp(
-            head=structs.OpHeader(structs.MATMUL, structs.DTYPES[dtype]),
+            head=structs.OpHeader(
+                structs.MATMUL, structs.DTYPES[self._compute_dtype(matrix, x, norm)]
+            ),
             x=x.data_ptr(),
             norm_factor=_address(factor),
             row_index=_address(logit_rows),
@@ -230,15 +272,17 @@ class NativeOps:
             k=matrix.in_features,
             n=matrix.out_features,
             num_panels=matrix.num_panels,
-            activation=structs.ACTIVATIONS[activation],
+            activation=kind,
             count=0 if logit_rows is None else 1,
             norm_eps=0.0 if norm is None else norm.eps,
             softcap=softcap or 0.0,
+            act_alpha=alpha,
+            act_limit=limit,
             low=matrix.low_struct,
         )
         rows = program.max_rows if logit_rows is None else program.max_logits
         program.shared_scratch(op, rows * (5 * matrix.in_features + 512))
-        program.append(op, matrix, factor, logit_rows, *program.external(x, out))
+        return op
 
     def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
         program = self.program
@@ -260,7 +304,76 @@ class NativeOps:
         return x
 
     def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
-        raise NotImplementedError("see lacks()")
+        program = self.program
+        _check_rows(x, y.shape[1])
+        assert x.dtype == y.dtype == torch.float32
+        op = structs.AddOp(
+            head=structs.OpHeader(structs.ADD, structs.F32),
+            x=x.data_ptr(),
+            y=y.data_ptr(),
+            x_stride=x.stride(0),
+            y_stride=y.stride(0),
+            dim=x.shape[1],
+            scale=scale,
+        )
+        program.append(op, *program.external(x, y))
+        return x
+
+    def pack_experts(self, params: ExpertParams) -> PackedExperts:
+        return pack_experts(params, self.dtype, self._memory)
+
+    def experts(self, x: Tensor, experts: PackedExperts, norm: RMSNorm) -> Tensor:
+        program, spec = self.program, experts.spec
+        count, k = spec.num_experts, spec.experts_per_token
+        empty = program.workspace.empty
+        logits = empty(program.max_rows, count, torch.float32)
+        self._product(x, experts.router, logits, norm=norm)
+        first, last = experts.each[0]
+        dtype = self._compute_dtype(first, x, norm)
+        h = empty(program.max_rows * k, first.out_features, dtype)
+        y = empty(program.max_rows * k, last.out_features, torch.float32)
+        out = empty(program.max_rows, last.out_features, torch.float32)
+        factor = _factor(norm)
+        matrices: list[structs.MatmulOp] = [
+            self._matmul_op(x, up, h, norm=norm, factor=factor, activation=spec.activation)
+            for up, _ in experts.each
+        ]
+        matrices += [self._matmul_op(h, down, y) for _, down in experts.each]
+        pointers = (ctypes.c_void_p * (2 * count))(*map(ctypes.addressof, matrices))
+        pairs = torch.empty(3, program.max_rows * k, dtype=torch.int32)
+        weights = torch.empty(program.max_rows * k)
+        starts = torch.empty(count + 1, dtype=torch.int32)
+        router = spec.router
+        op = structs.ExpertsOp(
+            head=structs.OpHeader(structs.EXPERTS, structs.F32),
+            logits=logits.data_ptr(),
+            correction=_address(experts.correction),
+            gate_up=ctypes.addressof(pointers),
+            down=ctypes.addressof(pointers) + count * ctypes.sizeof(ctypes.c_void_p),
+            y=y.data_ptr(),
+            out=out.data_ptr(),
+            chosen=pairs[0].data_ptr(),
+            weights=weights.data_ptr(),
+            places=pairs[1].data_ptr(),
+            sources=pairs[2].data_ptr(),
+            starts=starts.data_ptr(),
+            logits_stride=logits.stride(0),
+            y_stride=y.stride(0),
+            out_stride=out.stride(0),
+            num_experts=count,
+            per_token=k,
+            dim=last.out_features,
+            sigmoid=router.scoring == "sigmoid",
+            groups=router.groups,
+            groups_chosen=router.groups_chosen,
+            top2=router.group_score == "top2",
+            normalize=router.normalize,
+            normalize_eps=router.normalize_eps,
+            scale=router.scale,
+        )
+        held = (experts, factor, matrices, pointers, pairs, weights, starts)
+        program.append(op, held, *program.external(x))
+        return out
 
     def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Any:
         raise NotImplementedError("see lacks()")
@@ -343,6 +456,8 @@ def lacks(spec: ModelSpec) -> str | None:
     """What of a model these kernels do not compute, in words; None if they serve all of it."""
     if any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers):
         return "latent attention"
+    if any(name.endswith(".ffn.router") for name in spec.formats):
+        return "routers in low-bit formats"
     if spec.logit_scale != 1.0 or any(layer.residual_scale != 1.0 for layer in spec.layers):
         return "scaled residuals and logits"
     return None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 F32, BF16 = 0, 1
-EMBED, NORM, MATMUL, ROPE_APPEND, ATTEND, PACK = 1, 2, 3, 4, 5, 6
+EMBED, NORM, MATMUL, ROPE_APPEND, ATTEND, PACK, EXPERTS, ADD = 1, 2, 3, 4, 5, 6, 7, 8
 PANEL = 16  # outputs to a panel of packed weights
 K_ALIGN = 32  # inputs of bfloat16 panels are padded to a multiple of this
 LOW_ALIGN = 8  # and those of low-bit panels to a multiple of this
@@ -21,6 +21,7 @@ LOW_KINDS = {("int", 4): INT4, ("int", 8): INT8, ("float", 8): FP8}
 CACHE_FORMATS = {None: 0, "int8": 1, "fp8": 2, "int4": 3}
 ROUNDINGS = {None: 0, "int8": 1, "fp8": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
+CLAMPED = 4  # beside those
 
 
 def _fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
@@ -79,7 +80,7 @@ class MatmulOp(ctypes.Structure):
         (c_void_p, "x norm_factor row_index panels bias residual out x_scratch"),
         (c_int64, "x_stride residual_stride out_stride"),
         (c_int32, "x_dtype out_dtype k n num_panels activation count"),
-        (c_float, "norm_eps softcap"),
+        (c_float, "norm_eps softcap act_alpha act_limit"),
         (LowBit, "low"),
     )
 
@@ -121,6 +122,26 @@ class PackOp(ctypes.Structure):
     )
 
 
+class ExpertsOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (c_void_p, "logits correction gate_up down y out chosen weights places sources starts"),
+        (c_int64, "logits_stride y_stride out_stride"),
+        (c_int32, "num_experts per_token dim sigmoid groups groups_chosen top2 normalize"),
+        (c_float, "normalize_eps scale"),
+    )
+
+
+class AddOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (c_void_p, "x y"),
+        (c_int64, "x_stride y_stride"),
+        (c_int32, "dim"),
+        (c_float, "scale"),
+    )
+
+
 OPS: dict[int, type[ctypes.Structure]] = {
     EMBED: EmbedOp,
     NORM: NormOp,
@@ -128,4 +149,6 @@ OPS: dict[int, type[ctypes.Structure]] = {
     ROPE_APPEND: RopeAppendOp,
     ATTEND: AttendOp,
     PACK: PackOp,
+    EXPERTS: ExpertsOp,
+    ADD: AddOp,
 }

@@ -9,10 +9,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from skimp.kernels.ops import AttentionParams, LatentParams, LayerCache, PackLayout, StepInputs
+from skimp.kernels.ops import (
+    AttentionParams,
+    ExpertParams,
+    LatentParams,
+    LayerCache,
+    PackLayout,
+    StepInputs,
+)
 from skimp.kernels.triton import linear as layers
 from skimp.kernels.triton import rows
 from skimp.kernels.triton.attention import AttentionPlan, paged_attention, plan_attention
+from skimp.kernels.triton.experts import PackedExperts, mix_experts, pack_experts
 from skimp.kernels.triton.latent import LatentPlan, latent_attention, plan_latent_attention
 from skimp.kernels.triton.launch import use_pdl
 from skimp.kernels.triton.linear import Matrix
@@ -25,6 +33,8 @@ Plan = TypeVar("Plan", AttentionPlan, LatentPlan)
 
 def lacks(spec: ModelSpec) -> str | None:
     """What of a model these kernels do not compute, in words; None if they serve all of it."""
+    if any(".ffn.experts." in name for name in spec.formats):
+        return "experts in low-bit formats"
     return None
 
 
@@ -78,6 +88,19 @@ class TritonOps:
             activation=activation,
             residual=residual,
             out_dtype=out_dtype,
+            deterministic=self.deterministic,
+            pdl=use_pdl(x.device),
+        )
+
+    def pack_experts(self, params: ExpertParams) -> PackedExperts:
+        return pack_experts(params, self.dtype)
+
+    def experts(self, x: Tensor, experts: PackedExperts, norm: RMSNorm) -> Tensor:
+        return mix_experts(
+            x,
+            experts,
+            self._factor(norm),
+            norm.eps,
             deterministic=self.deterministic,
             pdl=use_pdl(x.device),
         )

@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from skimp.errors import ConfigError, shown
+from skimp.formats import mxfp4
 from skimp.formats.checkpoints import spelling
-from skimp.model.spec import ModelSpec
+from skimp.model.spec import ExpertsSpec, ModelSpec
 
 MODEL_TYPES = (
     "cwm",
@@ -23,11 +24,13 @@ MODEL_TYPES = (
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "gpt_oss",
     "llama",
     "minicpm3",
     "mistral",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "youtu",
 )
 
@@ -76,6 +79,14 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     spec = family_of(config).to_spec(plain)
     if not quantization:
         return spec
+    if mxfp4.is_named(quantization):
+        mxfp4.check_config(quantization)
+        if not all(isinstance(x.ffn, ExpertsSpec) and x.ffn.fused for x in spec.layers):
+            raise ConfigError(
+                "quantization_config: quant_method='mxfp4' is read where all experts of a layer "
+                f"lie in two tensors, and those of {spec.family} do not"
+            )
+        return spec  # they become bfloat16 as they are read
     formats, cache = spelling(quantization).read_config(quantization, _modules(spec))
     return replace(spec, formats=formats, cache_format=cache)
 

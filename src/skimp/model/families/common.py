@@ -12,6 +12,8 @@ from skimp.model.families.reader import REQUIRED, ConfigReader
 from skimp.model.spec import (
     Activation,
     AttentionSpec,
+    ClampedSwiGLU,
+    FFNSpec,
     GatedFFNSpec,
     LatentAttentionSpec,
     LayerSpec,
@@ -21,6 +23,7 @@ from skimp.model.spec import (
 )
 
 MAX_LAYERS: Final = 10_000
+MAX_EXPERTS: Final = 4096
 ACTIVATIONS: Final[Mapping[str, Activation]] = {
     "silu": "silu",
     "swish": "silu",
@@ -122,6 +125,16 @@ def read_windows(
     return tuple(window if kind == SLIDING else None for kind in types)
 
 
+def read_experts(read: ConfigReader, name: str, default: int, *, least: int = 1) -> int:
+    """The number of experts under either of its two names; ``name`` is the one to ask for."""
+    other = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}[name]
+    count, again = read.raw(name), read.raw(other)
+    if count is not None and again not in (None, count):
+        raise read.refuse(f"{name}={shown(count)} beside {other}={shown(again)}")
+    found = name if count is not None or again is None else other
+    return read.integer(found, default, least=least, most=MAX_EXPERTS)
+
+
 def make_spec(
     read: ConfigReader,
     sizes: Sizes,
@@ -130,6 +143,7 @@ def make_spec(
     norm_eps: float = 1e-6,
     activation: Activation,
     ffn_bias: bool = False,
+    ffns: Sequence[FFNSpec] | None = None,
     tie_embeddings: bool = False,
     post_norms: bool = False,
     norm_plus_one: bool = False,
@@ -141,21 +155,23 @@ def make_spec(
     eos: int | None = None,
     pad: int | None = None,
 ) -> ModelSpec:
-    """The fields every family has, with the transformers class's defaults, and the rest."""
+    """The fields every family has, with the transformers class's defaults, and the rest. ``ffns``
+    None: one gated feed-forward network alike in each layer."""
     names = read.raw("architectures")
     if names is not None and not (isinstance(names, list) and all(type(n) is str for n in names)):
         raise read.refuse(f"architectures must be a list of class names, got {shown(names)}")
     read.keep("architectures")
-    ffn = GatedFFNSpec(
-        intermediate_size=sizes.intermediate_size, activation=activation, bias=ffn_bias
-    )
+    if ffns is None:
+        size = sizes.intermediate_size
+        ffn = GatedFFNSpec(intermediate_size=size, activation=activation, bias=ffn_bias)
+        ffns = [ffn] * len(mixers)
     return ModelSpec(
         family=read.family,
         vocab_size=sizes.vocab_size,
         hidden_size=sizes.hidden_size,
         layers=tuple(
-            LayerSpec(mixer=m, ffn=ffn, post_norms=post_norms, residual_scale=residual_scale)
-            for m in mixers
+            LayerSpec(mixer=m, ffn=f, post_norms=post_norms, residual_scale=residual_scale)
+            for m, f in zip(mixers, ffns, strict=True)
         ),
         norm_eps=read.number("rms_norm_eps", norm_eps),
         max_positions=sizes.max_positions,
@@ -197,13 +213,47 @@ def softmax_mixers(spec: ModelSpec) -> list[AttentionSpec]:
     return found
 
 
+def gated_ffns(spec: ModelSpec) -> list[GatedFFNSpec]:
+    """Each layer's feed-forward network; ConfigError if one is a mixture of experts."""
+    found = []
+    for i, layer in enumerate(spec.layers):
+        if not isinstance(layer.ffn, GatedFFNSpec):
+            raise ConfigError(
+                f"model_type={spec.family!r} has no mixture of experts, as in layer {i}"
+            )
+        found.append(layer.ffn)
+    return found
+
+
 # ---- tensor names -----------------------------------------------------------------------------
 
 LLAMA_NORMS: Final = {"mixer_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 
 
+def ffn_tensor_names(ffn: FFNSpec) -> dict[str, str]:
+    """Names in our ``ffn`` → those in the checkpoint's ``mlp``. A mixture's are those of Qwen and
+    DeepSeek: each expert has its own tensors, and the router is called ``gate``."""
+    if isinstance(ffn, GatedFFNSpec):
+        kinds = ("weight", "bias") if ffn.bias else ("weight",)
+        return {f"{p}_proj.{k}": f"{p}_proj.{k}" for p in ("gate", "up", "down") for k in kinds}
+    names = {"router.weight": "gate.weight"}
+    if ffn.router.bias:
+        names["router.bias"] = "gate.bias"
+    if ffn.router.correction:
+        names["correction"] = "gate.e_score_correction_bias"
+    one = GatedFFNSpec(intermediate_size=ffn.intermediate_size, bias=ffn.bias)
+    parts = [(f"experts.{i}", f"experts.{i}", one) for i in range(ffn.num_experts)]
+    if ffn.shared is not None:
+        parts.append(("shared", "shared_experts", ffn.shared))
+    for ours, theirs, part in parts:
+        names |= {f"{ours}.{a}": f"{theirs}.{b}" for a, b in ffn_tensor_names(part).items()}
+    return names
+
+
 def llama_tensor_names(
-    spec: ModelSpec, norms: Mapping[str, str] = LLAMA_NORMS
+    spec: ModelSpec,
+    norms: Mapping[str, str] = LLAMA_NORMS,
+    ffn_names: Callable[[FFNSpec], Mapping[str, str]] = ffn_tensor_names,
 ) -> Mapping[str, str]:
     """Our names → Llama's, for what the spec has; ``norms`` maps the norms of a layer."""
     names = {"embed_tokens.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight"}
@@ -211,12 +261,14 @@ def llama_tensor_names(
         names["lm_head.weight"] = "lm_head.weight"
     for i, layer in enumerate(spec.layers):
         matrices = _mixer_names(layer.mixer)
-        for p in ("gate", "up", "down"):
-            matrices[f"ffn.{p}_proj"] = (f"mlp.{p}_proj", layer.ffn.bias)
         matrices |= {ours: (theirs, False) for ours, theirs in norms.items()}
+        if isinstance(layer.mixer, AttentionSpec) and layer.mixer.sinks:
+            names[f"layers.{i}.mixer.sinks"] = f"model.layers.{i}.self_attn.sinks"
         for ours, (theirs, bias) in matrices.items():
             for kind in ("weight", "bias") if bias else ("weight",):
                 names[f"layers.{i}.{ours}.{kind}"] = f"model.layers.{i}.{theirs}.{kind}"
+        for ours, theirs in ffn_names(layer.ffn).items():
+            names[f"layers.{i}.ffn.{ours}"] = f"model.layers.{i}.mlp.{theirs}"
     return names
 
 
@@ -263,8 +315,11 @@ def base_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
 
 
 def decoder_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
-    """The fields all families write the same way, after those kept from the source."""
-    first = spec.layers[0]
+    """The fields all families write the same way, after those kept from the source. A class with
+    mixtures of experts adds what describes them."""
+    dense = [layer.ffn for layer in spec.layers if isinstance(layer.ffn, GatedFFNSpec)]
+    ffn = dense[0] if dense else spec.layers[0].ffn
+    widths = {"intermediate_size": ffn.intermediate_size} if dense else {}
     eos = list(spec.eos_token_ids)
     # What the source says, unless a converter has moved the spec to another class since.
     kept = spec.config.get("architectures") or [""]
@@ -275,9 +330,11 @@ def decoder_config(spec: ModelSpec, architecture: str) -> dict[str, Any]:
         "model_type": spec.family,
         "vocab_size": spec.vocab_size,
         "hidden_size": spec.hidden_size,
-        "intermediate_size": first.ffn.intermediate_size,
+        **widths,
         "num_hidden_layers": spec.num_layers,
-        "hidden_act": ACTIVATION_NAMES[first.ffn.activation],
+        "hidden_act": "silu"
+        if isinstance(ffn.activation, ClampedSwiGLU)
+        else ACTIVATION_NAMES[ffn.activation],
         "max_position_embeddings": spec.max_positions,
         "rms_norm_eps": spec.norm_eps,
         "tie_word_embeddings": spec.tie_embeddings,

@@ -71,7 +71,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 def to_config(spec: ModelSpec) -> dict[str, Any]:
     config = common.base_config(spec, "CwmForCausalLM") | common.write_windows(spec)
-    config["mlp_bias"] = spec.layers[0].ffn.bias
+    config["mlp_bias"] = common.gated_ffns(spec)[0].bias
     if config["sliding_window"] is None:
         del config["sliding_window"]
     if config.get("rope_scaling") is None:  # null would mean DEFAULT_ROPE

@@ -34,7 +34,7 @@ def read_experts(read: ConfigReader, sizes: common.Sizes, *, first: int) -> None
     first = read.integer("first_k_dense_replace", first, least=0)
     for name in (*EXPERT_FIELDS, *DRAFT_FIELDS):
         read.raw(name)
-        read.keep_unused(name)
+        read.keep(name)
     if first < sizes.num_layers:
         raise read.refuse(
             f"first_k_dense_replace={first} of {sizes.num_layers} layers: layers of experts are "

@@ -42,5 +42,5 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
 def to_config(spec: ModelSpec) -> dict[str, Any]:
     config = common.base_config(spec, "LlamaForCausalLM")
     config["attention_bias"] = common.softmax_mixers(spec)[0].qkv_bias
-    config["mlp_bias"] = spec.layers[0].ffn.bias
+    config["mlp_bias"] = common.gated_ffns(spec)[0].bias
     return common.checked(config, spec, to_spec)

@@ -31,7 +31,7 @@ IRRELEVANT: Final = frozenset(
     bad_words_ids num_return_sequences output_scores return_dict_in_generate
     remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens transformers.js_config unsloth_version unsloth_fixed
-    max_window_layers embedding_initializer_range
+    max_window_layers embedding_initializer_range router_aux_loss_coef output_router_logits
     """.split()  # noqa: SIM905 (a literal of fifty strings is harder to read)
 )
 # An unknown field that sounds like one of these may change the result, so it is refused.
@@ -49,7 +49,7 @@ class ConfigReader:
         self.family = family
         self._config = config
         self._read: set[str] = {"model_type"}
-        self._unused: set[str] = set()
+        self._kept: set[str] = set()
 
     def refuse(self, message: str) -> ConfigError:
         return ConfigError(f"{self.family} config: {message}")
@@ -68,11 +68,7 @@ class ConfigReader:
 
     def keep(self, name: str) -> None:
         """Write this field back as it was, though it has been read."""
-        self._read.discard(name)
-
-    def keep_unused(self, name: str) -> None:
-        """Write this field back as it was: here it has no meaning."""
-        self._unused.add(name)
+        self._kept.add(name)
 
     def integer(
         self, name: str, default: Any = REQUIRED, *, least: int = 1, most: int = LARGEST
@@ -151,14 +147,14 @@ class ConfigReader:
             raise self.refuse(f"{name}={shown(found)}, but this class always has {shown(value)}")
 
     def rest(self) -> dict[str, Any]:
-        """The fields nobody read, to be written back unchanged.
+        """The fields nobody read or that are kept, to be written back unchanged.
 
         Raises ConfigError for one that may change the result, warns about one that is unknown.
         """
-        rest = {name: value for name, value in self._config.items() if name not in self._read}
-        unused = {n: value for n, value in self._config.items() if n in self._unused}
+        unread = self._config.keys() - (self._read - self._kept)
+        rest = {name: value for name, value in self._config.items() if name in unread}
         for name, value in rest.items():
-            if name in IRRELEVANT or name.startswith("_") or not value:
+            if name in IRRELEVANT or name in self._kept or name.startswith("_") or not value:
                 continue
             if name == "auto_map":
                 self.warn("auto_map is skipped: code from a model directory is never run")
@@ -166,7 +162,7 @@ class ConfigReader:
                 raise self.refuse(f"{name}={shown(value)} is not a field of this class")
             else:
                 self.warn(f"{name}={shown(value)} is unknown and skipped")
-        return rest | unused
+        return rest
 
     def warn(self, message: str) -> None:
         warnings.warn(f"{self.family} config: {message}", SkimpWarning, stacklevel=2)

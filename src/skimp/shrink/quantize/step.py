@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from skimp.errors import ShrinkError, shown
 from skimp.formats.weight import QuantizedWeight, WeightFormat
-from skimp.shrink.fold import largest_layer, require_attention
+from skimp.shrink.fold import largest_layer, require_attention, require_gated
 from skimp.shrink.step import Axis, Need, UnitResult
 
 if TYPE_CHECKING:
@@ -136,10 +136,11 @@ class Quantize(BaseModel):
 
     def need(self, spec: ModelSpec) -> Need:
         require_attention(spec, self.kind)
+        ffns = require_gated(spec, self.kind)
         targets = self.formats(spec) if self.target_bits is None else self._targets(spec)
         if not targets and self.target_bits is None:
             return Need()
-        widest = max(spec.hidden_size, *(layer.ffn.intermediate_size for layer in spec.layers))
+        widest = max(spec.hidden_size, *(ffn.intermediate_size for ffn in ffns))
         layer = largest_layer(spec)
         extra = 5 * layer
         if self.method in CALIBRATED:

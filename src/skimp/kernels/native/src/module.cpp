@@ -40,6 +40,8 @@ const Kind KINDS[] = {
     {"rope_append", run_rope_append, sizeof(RopeAppendOp)},
     {"attend", run_attend, sizeof(AttendOp)},
     {"pack", run_pack, sizeof(PackOp)},
+    {"experts", run_experts, sizeof(ExpertsOp)},
+    {"add", run_add, sizeof(AddOp)},
 };
 constexpr long NUM_KINDS = sizeof(KINDS) / sizeof(KINDS[0]);
 

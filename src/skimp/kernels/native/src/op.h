@@ -48,12 +48,18 @@ enum OpKind : int32_t {
   OP_ROPE_APPEND = 4,
   OP_ATTEND = 5,
   OP_PACK = 6,
+  OP_EXPERTS = 7,
+  OP_ADD = 8,
 };
 
 // All ops have this signature; work is divided by (team.tid, team.size).
 using OpFn = void (*)(const void* op, const StepInfo& step, const Team& team);
 
-enum Activation : int32_t { ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_GELU = 3 };
+// ACT_CLAMPED is not act(gate) * up but (u + 1) * g * sigmoid(act_alpha * g), where g is gate cut
+// to act_limit from above and u is up cut to it on both sides.
+enum Activation : int32_t {
+  ACT_NONE = 0, ACT_SILU = 1, ACT_GELU_TANH = 2, ACT_GELU = 3, ACT_CLAMPED = 4
+};
 
 // Weights are stored once, in panels of 16 outputs, and serve every number of rows:
 //   BF16 [panels][K padded to 32 / 2][16][2]   one 64-byte line holds a pair of k for 16 outputs,
@@ -131,6 +137,7 @@ struct MatmulOp {
   int32_t count;       // 0: StepInfo.rows rows, 1: StepInfo.num_logits
   float norm_eps;
   float softcap;  // 0: none
+  float act_alpha, act_limit;
   LowBit low;
 };
 
@@ -220,11 +227,49 @@ struct AttendOp {
   int32_t hadamard;      // 1: turn the result back
 };
 
+// out = sum over a row's experts, in ascending order, of weight * down(gate_up(row)). The products
+// are run on the pairs of each expert: their `out` is a buffer of a row a pair, in the order of the
+// groups, and so is the `x` of down; `row_index` is set here.
+struct ExpertsOp {
+  OpHeader head;
+  const float* logits;      // [rows, logits_stride], of the router
+  const float* correction;  // [num_experts] or null
+  const MatmulOp* const* gate_up;  // [num_experts]
+  const MatmulOp* const* down;     // [num_experts]
+  const float* y;    // the `out` of down
+  float* out;        // [rows, out_stride]
+  int32_t* chosen;   // [rows * per_token]
+  float* weights;    // [rows * per_token]
+  int32_t* places;   // [rows * per_token]: where each pair lies in its group
+  int32_t* sources;  // [rows * per_token]: the row of each place
+  int32_t* starts;   // [num_experts + 1]: first place of each group
+  int64_t logits_stride, y_stride, out_stride;
+  int32_t num_experts, per_token, dim;
+  int32_t sigmoid;   // 0: softmax over all experts
+  int32_t groups, groups_chosen;
+  int32_t top2;      // a group counts as the sum of its best two; 0: as its best
+  int32_t normalize;
+  float normalize_eps;
+  float scale;
+};
+
+// x += scale * y
+struct AddOp {
+  OpHeader head;
+  float* x;
+  const float* y;
+  int64_t x_stride, y_stride;
+  int32_t dim;
+  float scale;
+};
+
 void run_embed(const void* op, const StepInfo& step, const Team& team);
 void run_norm(const void* op, const StepInfo& step, const Team& team);
 void run_matmul(const void* op, const StepInfo& step, const Team& team);
 void run_rope_append(const void* op, const StepInfo& step, const Team& team);
 void run_attend(const void* op, const StepInfo& step, const Team& team);
 void run_pack(const void* op, const StepInfo& step, const Team& team);
+void run_experts(const void* op, const StepInfo& step, const Team& team);
+void run_add(const void* op, const StepInfo& step, const Team& team);
 
 }  // namespace skimp

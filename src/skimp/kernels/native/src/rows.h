@@ -134,7 +134,15 @@ void finish_as(const MatmulOp& op, int row0, int rows, int panel0, int num_panel
       if constexpr (STEP == 2) {
         vf up = load<vf>(acc + lane + PANEL) * scale;
         if (bias) up += load<vf>(bias + lane + PANEL);
-        y = activate<ACT>(y) * up;
+        if constexpr (ACT == ACT_CLAMPED) {
+          const float limit = op.act_limit;
+          y = y > limit ? splat(limit) : y;
+          up = up > limit ? splat(limit) : up;
+          up = up < -limit ? splat(-limit) : up;
+          y = (up + 1.0f) * y * sigmoid(op.act_alpha * y);
+        } else {
+          y = activate<ACT>(y) * up;
+        }
       }
       if (op.softcap != 0.0f) y = op.softcap * vtanh(y / op.softcap);
       if (residual) y += load_part(residual + column, count);
@@ -147,10 +155,12 @@ void finish(const MatmulOp& op, int row, int rows, int panel, int num_panels, co
             const float* scales) {
   using Fn = void (*)(const MatmulOp&, int, int, int, int, const float*, const float*);
   static constexpr Fn to_float[] = {finish_as<ACT_NONE, float>, finish_as<ACT_SILU, float>,
-                                    finish_as<ACT_GELU_TANH, float>, finish_as<ACT_GELU, float>};
+                                    finish_as<ACT_GELU_TANH, float>, finish_as<ACT_GELU, float>,
+                                    finish_as<ACT_CLAMPED, float>};
   static constexpr Fn to_half[] = {
       finish_as<ACT_NONE, uint16_t>, finish_as<ACT_SILU, uint16_t>,
-      finish_as<ACT_GELU_TANH, uint16_t>, finish_as<ACT_GELU, uint16_t>};
+      finish_as<ACT_GELU_TANH, uint16_t>, finish_as<ACT_GELU, uint16_t>,
+      finish_as<ACT_CLAMPED, uint16_t>};
   (op.out_dtype == F32 ? to_float : to_half)[op.activation](op, row, rows, panel, num_panels, acc,
                                                          scales);
 }
