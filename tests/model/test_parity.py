@@ -184,6 +184,50 @@ CASES: dict[str, dict[str, Any]] = {
         "mlp_bias": True,
         "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
     },
+    "deepseek-v3-experts": MLA
+    | {
+        "model_type": "deepseek_v3",
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 24,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.7,
+    },
+    "deepseek-v3-unnormalized": MLA
+    | {
+        "model_type": "deepseek_v3",
+        "first_k_dense_replace": 0,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+    },
+    "deepseek-v2-greedy": MLA
+    | {
+        "model_type": "deepseek_v2",
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "routed_scaling_factor": 1.3,
+    },
+    "deepseek-v2-limited": MLA
+    | {
+        "model_type": "deepseek_v2",
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 2,
+    },
     "minicpm3": MLA
     | {
         "model_type": "minicpm3",
@@ -192,6 +236,19 @@ CASES: dict[str, dict[str, Any]] = {
         "scale_emb": 3,
         "dim_model_base": 16,
         "rms_norm_eps": 1e-5,
+    },
+    "minicpm3-longrope": MLA
+    | {
+        "model_type": "minicpm3",
+        "q_lora_rank": 24,
+        "max_position_embeddings": 128,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.3, 1.9],
+            "long_factor": [1.0, 2.3, 9.0],
+            "original_max_position_embeddings": 128,
+        },
     },
     "youtu": MLA | {"model_type": "youtu", "q_lora_rank": 24},
     "cwm-plain-rope": {

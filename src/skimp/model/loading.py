@@ -173,7 +173,11 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
         for name in (n for n in shapes if n.endswith(FUSED)):
             wanted[name] = mxfp4.parts(shapes[name])
             places |= {f"{stored_as[name]}_{part}": (name, part) for part in wanted[name]}
-    rename = families.family_of(config).stored_name
+    stored_name = families.family_of(config).stored_name
+
+    def rename(name: str) -> str | None:
+        return stored_name(name, spec)
+
     dense: dict[str, StoredTensor] = {}
     parts: dict[str, dict[str, StoredTensor]] = {name: {} for name in wanted}
     extra: list[StoredTensor] = []

@@ -1,4 +1,5 @@
-"""Rotary position embedding tables: default, linear, llama3, yarn, and dynamic in its own range."""
+"""Rotary position embedding tables: default, linear, llama3, yarn; dynamic and longrope where
+their frequencies stay."""
 
 from __future__ import annotations
 
@@ -20,16 +21,18 @@ def rope_tables(spec: RopeSpec, max_positions: int) -> tuple[Tensor, Tensor]:
     Frequencies and angles are float32, step by step as in transformers: at 100,000 tokens the
     rounding of ``position * frequency`` is visible, and models were trained with that rounding.
 
-    Raises :class:`ConfigError` where ``dynamic`` scaling would have to change with the length.
+    Raises :class:`ConfigError` where the scaling would have to change with the length.
     """
     frequencies, factor = inverse_frequencies(spec)
     scaling = spec.scaling or {}
-    if scaling.get("rope_type") == "dynamic":
+    kind = scaling.get("rope_type")
+    if kind in ("dynamic", "longrope"):
         limit = scaling["original_max_position_embeddings"]
         if max_positions > limit:
+            field = "original_" * (kind == "longrope") + "max_position_embeddings"
             raise ConfigError(
-                f"max_positions={max_positions} is beyond max_position_embeddings={limit}: "
-                "rope_type dynamic changes every cached key there"
+                f"max_positions={max_positions} is beyond {field}={limit}: rope_type {kind} "
+                "changes every cached key there"
             )
     angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * frequencies[None, :]
     return angles.cos() * factor, angles.sin() * factor
@@ -49,7 +52,11 @@ def inverse_frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
         return _llama3(1.0 / wavelengths, scaling), 1.0
     if kind == "yarn":
         return _yarn(wavelengths, spec, scaling), yarn_attention_factor(scaling)
-    raise ConfigError(f"rope_type {kind!r} is not one of default, linear, llama3, yarn, dynamic")
+    if kind == "longrope":
+        short = torch.tensor(scaling["short_factor"], dtype=torch.float32)
+        return 1.0 / (short * wavelengths), longrope_attention_factor(scaling)
+    known = "default, linear, llama3, yarn, dynamic, longrope"
+    raise ConfigError(f"rope_type {kind!r} is not one of {known}")
 
 
 def _llama3(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
@@ -83,6 +90,14 @@ def _yarn(wavelengths: Tensor, spec: RopeSpec, scaling: Mapping[str, Any]) -> Te
     keep = 1 - ramp.clamp(0, 1)
     # Not simplified: the order of these float32 roundings is transformers'.
     return 1.0 / (scaling["factor"] * wavelengths) * (1 - keep) + 1.0 / wavelengths * keep
+
+
+def longrope_attention_factor(scaling: Mapping[str, Any]) -> float:
+    """The factor on cosine and sine: given, or from the ratio of the two context lengths."""
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    factor, context = scaling["factor"], scaling["original_max_position_embeddings"]
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
 
 
 def yarn_softmax_factor(scaling: Mapping[str, Any] | None) -> float:

@@ -50,8 +50,9 @@ class Family(Protocol):
         """Our parameter name → the checkpoint's, one to one."""
         ...
 
-    def stored_name(self, name: str) -> str | None:
-        """A name found in a file → the one ``tensor_names`` uses; None for what is not ours."""
+    def stored_name(self, name: str, spec: ModelSpec) -> str | None:
+        """A name found in a file → the one ``tensor_names`` uses; None for what is not the
+        spec's."""
         ...
 
 

@@ -295,7 +295,7 @@ def _mixer_names(mixer: MixerSpec) -> dict[str, tuple[str, bool]]:
     return {f"mixer.{ours}": (f"self_attn.{name}", bias) for ours, (name, bias) in found.items()}
 
 
-def stored_name(name: str) -> str | None:
+def stored_name(name: str, spec: ModelSpec) -> str | None:
     """Old exports keep RoPE's frequencies, which follow from the config."""
     return None if name.endswith("rotary_emb.inv_freq") else name
 
@@ -358,6 +358,11 @@ def write_scaling(rope: RopeSpec) -> dict[str, Any] | None:
     scaling = dict(rope.scaling)
     if scaling["rope_type"] == "dynamic":  # ours only: the class takes max_position_embeddings
         del scaling["original_max_position_embeddings"]
+    if scaling.get("truncate") is True:
+        del scaling["truncate"]  # the default
+    if scaling["rope_type"] == "longrope":
+        del scaling["factor"]  # ours only, likewise
+        scaling |= {k: list(scaling[k]) for k in ("short_factor", "long_factor")}
     return scaling
 
 

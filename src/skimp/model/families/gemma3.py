@@ -41,12 +41,12 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     return gemma3_text.read_text(merged, gemma3_text.DEFAULTS)
 
 
-def stored_name(name: str) -> str | None:
+def stored_name(name: str, spec: ModelSpec) -> str | None:
     """Either of the two prefixes that transformers has used over time → the text model's names."""
     for prefix in ("language_model.model.", "model.language_model."):
         if name.startswith(prefix):
-            return gemma3_text.stored_name("model." + name.removeprefix(prefix))
+            return gemma3_text.stored_name("model." + name.removeprefix(prefix), spec)
     bare = name.removeprefix("model.")
     if bare.startswith(OTHER_PARTS):
         return None
-    return gemma3_text.stored_name(name.removeprefix("language_model."))
+    return gemma3_text.stored_name(name.removeprefix("language_model."), spec)

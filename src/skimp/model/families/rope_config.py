@@ -18,6 +18,15 @@ KEYS: Final[Mapping[str, frozenset[str]]] = {
     "llama3": frozenset(
         {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
     ),
+    "longrope": frozenset(
+        {
+            "factor",
+            "original_max_position_embeddings",
+            "attention_factor",
+            "short_factor",
+            "long_factor",
+        }
+    ),
     "yarn": frozenset(
         {
             "factor",
@@ -91,22 +100,19 @@ def rope_from(
             raise read.refuse(
                 f"partial_rotary_factor={shown(partial)}: this class turns whole heads"
             )
-    scaling = _scaling(read, name, values, max_positions)
+    scaling = _scaling(read, name, values, max_positions, head_dim)
     return RopeSpec(theta=theta, rotary_dim=head_dim, scaling=scaling)
 
 
 def _scaling(
-    read: ConfigReader, name: str, values: dict[str, Any], max_positions: int
+    read: ConfigReader, name: str, values: dict[str, Any], max_positions: int, rotary_dim: int
 ) -> Mapping[str, Any] | None:
     old, kind = values.pop("type", None), values.pop("rope_type", None)
     if None not in (old, kind) and old != kind:
         raise read.refuse(f"{name}.type={shown(old)} beside {name}.rope_type={shown(kind)}")
     kind = kind or old or "default"
-    if kind in ("longrope", "su"):
-        raise read.refuse(
-            f"{name}.rope_type={shown(kind)}: its frequencies change once a text outgrows "
-            "original_max_position_embeddings, which cached keys cannot follow"
-        )
+    if kind == "su":  # its first name
+        kind = "longrope"
     if not isinstance(kind, str) or kind not in KEYS:
         raise read.refuse(
             f"{name}.rope_type={shown(kind)} is not supported (known: {', '.join(KEYS)})"
@@ -157,6 +163,8 @@ def _scaling(
             "high_freq_factor": high,
             "original_max_position_embeddings": context,
         }
+    if kind == "longrope":
+        return _longrope(read, name, values, context, max_positions, rotary_dim)
     fast, slow = number("beta_fast", 32.0), number("beta_slow", 1.0)
     if fast < slow:
         raise read.refuse(f"{name}.beta_fast={fast:g} is below beta_slow={slow:g}")
@@ -174,6 +182,40 @@ def _scaling(
         "truncate": truncate,
         **{key: number(key) for key in optional if key in values},
     }
+
+
+def _longrope(
+    read: ConfigReader,
+    name: str,
+    values: Mapping[str, Any],
+    context: int,
+    max_positions: int,
+    rotary_dim: int,
+) -> Mapping[str, Any]:
+    """LongRoPE (Ding et al. 2024): a factor a frequency, others once texts outgrow ``context``."""
+    lists = {}
+    for key in ("short_factor", "long_factor"):
+        given = values.get(key)
+        if not isinstance(given, list) or len(given) != rotary_dim // 2:
+            raise read.refuse(f"{name}.{key} must be a list of {rotary_dim // 2} numbers")
+        lists[key] = tuple(read.check_number(f"{name}.{key}", x) for x in given)
+    if max_positions > context:
+        read.warn(
+            f"{name}.rope_type longrope: exact up to original_max_position_embeddings={context}, "
+            "longer texts are refused"
+        )
+    found: dict[str, Any] = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": context,
+        # The ratio of the two context lengths, whatever ``factor`` says.
+        "factor": _factor(read, name, max(1.0, max_positions / context)),
+        **lists,
+    }
+    if "attention_factor" in values:
+        found["attention_factor"] = read.check_number(
+            f"{name}.attention_factor", values["attention_factor"]
+        )
+    return found
 
 
 def _factor(read: ConfigReader, name: str, factor: float) -> float:
