@@ -14,7 +14,6 @@ from skimp.meter.quality import (
     bootstrap,
     evaluate,
     score_windows,
-    split_documents,
 )
 
 

@@ -18,7 +18,7 @@ from skimp.kernels.cache_rows import CachedRows
 from skimp.kernels.lowbit import lowbit_linear
 from skimp.kernels.ops import AttentionParams, PackLayout, StepInputs
 from skimp.model.layers import Linear, RMSNorm, stacked_bias
-from skimp.model.spec import Activation
+from skimp.model.spec import Activation, AttentionSpec
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 KEY_BLOCK = 64  # keys per block where the order of summation must not depend on the step
+LEAST_QUERIES = 256  # rows of a block of windowed attention, if there are as many
 
 
 @dataclass
@@ -200,6 +201,9 @@ class PlainOps:
                 q, k, v = hadamard(q), hadamard(k), hadamard(v)
             cache_rows.write(k, v, params.cache, step)
         k, v = k.to(dtype), v.to(dtype)
+        if not self.deterministic and (starts := _fused_starts(params, step)) is not None:
+            parts = zip(*(x.tensor_split(starts[1:-1]) for x in (q.to(dtype), k, v)))
+            return torch.cat([_attend_causally(*part, spec) for part in parts]).flatten(1)
         out = torch.empty_like(q)
         for rows, seen in _sequences(k, v, params, step):
             out[rows] = self._attend(q[rows], seen, rows, params, step)
@@ -272,6 +276,49 @@ def _sequences(
             continue
         assert params.cache is not None
         yield rows, cache_rows.read(params.cache, step, rows, KEY_BLOCK)
+
+
+def _fused_starts(params: AttentionParams, step: StepInputs) -> list[int] | None:
+    """``seq_starts`` of a step that PyTorch's own attention can compute: nothing cached, and each
+    sequence whole and causal; None if it is not so. ``bounds.whole`` spares looking."""
+    if step.arena is not None or params.spec.softcap is not None or params.sinks is not None:
+        return None
+    if step.bounds is not None and step.bounds.whole:
+        return list(step.bounds.whole)
+    starts = step.seq_starts.to(torch.int64)
+    count = starts.diff()
+    own = torch.arange(len(step.positions), device=starts.device)
+    own -= starts[:-1].repeat_interleave(count)
+    whole = (step.positions == own).all() & (step.kv_end == own + 1).all()
+    return starts.tolist() if bool(whole) else None
+
+
+def _attend_causally(q_RHK: Tensor, k_RGK: Tensor, v_RGK: Tensor, spec: AttentionSpec) -> Tensor:
+    """One sequence over itself [R, H, K], in memory that grows with R, or with R times window."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_RHK, k_RGK, v_RGK))
+    grouped = spec.num_heads != spec.num_kv_heads
+    if spec.window is None or q.shape[2] <= spec.window:
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=spec.scale, enable_gqa=grouped
+        )
+        return out[0].transpose(0, 1)
+    parts = []
+    block = max(spec.window, LEAST_QUERIES)
+    for begin in range(0, q.shape[2], block):
+        end, first = min(begin + block, q.shape[2]), max(0, begin - spec.window + 1)
+        at = torch.arange(begin, end, device=q.device)[:, None]
+        key = torch.arange(first, end, device=q.device)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[:, :, begin:end],
+                k[:, :, first:end],
+                v[:, :, first:end],
+                attn_mask=(key <= at) & (key > at - spec.window),
+                scale=spec.scale,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 def _row_by_blocks(

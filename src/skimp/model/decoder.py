@@ -98,7 +98,24 @@ class Decoder(nn.Module):
 
     def forward(self, step: StepInputs, ops: Ops) -> Tensor:
         """Logits float32 [L, V] of ``step.logit_rows``; the caches gain the step's rows."""
-        x_RD = ops.embed(step, self._table, self.spec.embed_scale)
+        return self.logits(self.states(step, ops), step, ops)
+
+    def embed(self, step: StepInputs, ops: Ops) -> Tensor:
+        """What enters the first layer, float32 [R, D]."""
+        return ops.embed(step, self._table, self.spec.embed_scale)
+
+    def states(self, step: StepInputs, ops: Ops) -> Tensor:
+        """What leaves the last layer, float32 [R, D]; the caches gain the step's rows."""
+        x_RD = self.embed(step, ops)
         for layer in self.layers:
             x_RD = layer(x_RD, ops, step)
+        return x_RD
+
+    def logits(self, x_RD: Tensor, step: StepInputs, ops: Ops) -> Tensor:
+        """Logits float32 [L, V] of what left the last layer."""
         return ops.logits(x_RD, self._head, self.norm, self.spec.logit_softcap, step)
+
+    @property
+    def head(self) -> Linear:
+        """The output matrix: the embedding table where they are tied."""
+        return self.embed_tokens if self.spec.tie_embeddings else self.lm_head
