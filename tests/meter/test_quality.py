@@ -15,6 +15,7 @@ from skimp.meter.quality import (
     evaluate,
     score_windows,
 )
+from skimp.text.documents import split_documents
 
 
 class ByteTokenizer:

@@ -202,8 +202,9 @@ class PlainOps:
             cache_rows.write(k, v, params.cache, step)
         k, v = k.to(dtype), v.to(dtype)
         if not self.deterministic and (starts := _fused_starts(params, step)) is not None:
-            parts = zip(*(x.tensor_split(starts[1:-1]) for x in (q.to(dtype), k, v)))
-            return torch.cat([_attend_causally(*part, spec) for part in parts]).flatten(1)
+            qs, ks, vs = (x.tensor_split(starts[1:-1]) for x in (q.to(dtype), k, v))
+            outs = [_attend_causally(*part, spec=spec) for part in zip(qs, ks, vs)]
+            return torch.cat(outs).flatten(1)
         out = torch.empty_like(q)
         for rows, seen in _sequences(k, v, params, step):
             out[rows] = self._attend(q[rows], seen, rows, params, step)
@@ -293,7 +294,7 @@ def _fused_starts(params: AttentionParams, step: StepInputs) -> list[int] | None
     return starts.tolist() if bool(whole) else None
 
 
-def _attend_causally(q_RHK: Tensor, k_RGK: Tensor, v_RGK: Tensor, spec: AttentionSpec) -> Tensor:
+def _attend_causally(q_RHK: Tensor, k_RGK: Tensor, v_RGK: Tensor, *, spec: AttentionSpec) -> Tensor:
     """One sequence over itself [R, H, K], in memory that grows with R, or with R times window."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q_RHK, k_RGK, v_RGK))
     grouped = spec.num_heads != spec.num_kv_heads

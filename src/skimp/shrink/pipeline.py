@@ -1,8 +1,9 @@
 """A recipe run over a model, unit by unit: resumable, bit-identical however often it is killed.
 
 Work is kept in a hidden directory beside the output: a journal, the units that the last two steps
-wrote, the last two saves of a whole step, and the calibration activations that enter the next unit. The finished checkpoint is
-written there too and renamed to the output, so that the output is whole whenever it is there.
+wrote, the last two saves of a whole step, and the calibration activations that enter the next unit.
+The finished checkpoint is written there too and renamed to the output, so that the output is whole
+whenever it is there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,14 +20,22 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-import skimp
-from skimp.errors import CheckpointError, ShrinkError, SkimpError, shown
+from skimp.errors import CheckpointError, ShrinkError, SkimpError
 from skimp.model import families
 from skimp.model.checkpoint import read_json
-from skimp.model.loading import CONFIG_FILE, Stored, empty_decoder, load_spec, load_stored
-from skimp.model.manifest import MANIFEST_FILE, SHRINK_FILE, file_sha256, read_manifest
+from skimp.model.loading import empty_decoder, load_spec, load_stored
+from skimp.model.manifest import MANIFEST_FILE, SHRINK_FILE, read_manifest
 from skimp.model.saving import SHARD_BYTES, save_checkpoint, sync_directory
 from skimp.model.spec import ModelSpec
+from skimp.shrink.job import (
+    Job,
+    check_files,
+    check_same,
+    identity,
+    key_of,
+    reproducible,
+    without_times,
+)
 from skimp.shrink.journal import JOURNAL, Journal, WorkDirectory
 from skimp.shrink.recipe import Recipe
 from skimp.shrink.step import (
@@ -34,7 +43,6 @@ from skimp.shrink.step import (
     Run,
     Saved,
     Step,
-    Tensors,
     Unit,
     Whole,
     WholeStep,
@@ -47,7 +55,6 @@ from skimp.shrink.units import (
     OnDemand,
     Source,
     UnitFiles,
-    calibration_hash,
     check_file,
     read_file,
     read_unit,
@@ -59,43 +66,7 @@ RECIPE_FILE: Final = "recipe.yaml"
 FINISHED: Final = "output"  # in the work directory
 Progress = Callable[[int, int], None]
 
-# What a run depends on, in words for the person whose second run differs from the first.
-DEPENDS: Final = {
-    "skimp": "skimp version",
-    "torch": "torch version",
-    "isa": "instruction set",
-    "model": "model",
-    "recipe": "recipe",
-    "calibration": "calibration text",
-    "files": "text to heal on",
-}
 CURVE: Final = "curve"  # in the account of a step: the rows that it recorded
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A recipe that fits a model. ``specs`` has the model's and, after it, what each step is
-    planned to make of it."""
-
-    directory: Path
-    recipe: Recipe
-    stored: Stored
-    specs: tuple[ModelSpec, ...]
-    needs: tuple[Need, ...]
-
-    @property
-    def calibrated(self) -> bool:
-        return any(need.calibration for need in self.needs)
-
-    @property
-    def visits(self) -> int:
-        """Units to be gone through, over all passes."""
-        return sum(need.passes for need in self.needs) * len(unit_names(self.specs[0]))
-
-    @property
-    def ticks(self) -> int:
-        """Of progress: units, and what whole steps count."""
-        return self.visits + sum(need.ticks for need in self.needs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +132,8 @@ def shrink(
     work = WorkDirectory(output)
     if taken and not work.path.exists():
         raise ShrinkError(f"{output}: exists already and is not an empty directory")
-    run = _identity(job, tokens if job.calibrated else None)
-    _check_files(job)
+    run = identity(job, tokens if job.calibrated else None)
+    check_files(job)
     with work:
         if taken or (output.exists() and any(output.iterdir())):
             if not _made_by(output, run):
@@ -178,12 +149,12 @@ def shrink(
                         shutil.rmtree(entry)
                 journal.start({**run, "threads": torch.get_num_threads()})
             assert journal.run is not None
-            _check_same(journal.run, run, output)
-            with _reproducible(journal.run["threads"]):
+            check_same(journal.run, run, output)
+            with reproducible(journal.run["threads"]):
                 result = _Pipeline(job, work.path, journal, tokens, progress, tell).run()
             resumed = result.resumed
             read = Imprint.of(tokens) if tokens is not None and job.calibrated else None
-            _write(job, work.path, output, journal, result, _key(run), read, shard_bytes)
+            _write(job, work.path, output, journal, result, key_of(run), read, shard_bytes)
         progress(job.ticks + 1, job.ticks + 1)
         work.remove()
     notes = [note for notes in result.notes for note in notes]
@@ -363,7 +334,7 @@ class _Pipeline:
                 self._again(entry, files)
             else:
                 entry = {**at, "notes": whole.notes if position == 0 else []}
-                own = {n: t for n, t in tensors.items() if unit_of(n) == name}
+                own = {n: tensors[n] for n in tensors if unit_of(n) == name}
                 entry["sha256"], entry["formats"] = files.write(position, own)
                 self._journal.add(entry)
             notes += entry["notes"]
@@ -462,7 +433,7 @@ def _write(
         if entry.name == FINISHED or entry.name.startswith(f".{FINISHED}."):
             shutil.rmtree(entry)
     assert journal.run is not None
-    run = {**journal.run, "model": _without_times(journal.run["model"])}
+    run = {**journal.run, "model": without_times(journal.run["model"])}
     steps = [
         {"step": step.kind, "lossy": step.lossy, "notes": list(dict.fromkeys(notes))}
         for step, notes in zip(job.recipe.steps, result.notes)
@@ -496,7 +467,7 @@ def _made_by(output: Path, run: Mapping[str, Any]) -> bool:
     if not (output / MANIFEST_FILE).exists():
         return False
     try:
-        return bool(read_manifest(output)["about"].get("run") == _key(run))
+        return bool(read_manifest(output)["about"].get("run") == key_of(run))
     except CheckpointError:
         return False
 
@@ -512,94 +483,3 @@ def _finished(job: Job, output: Path) -> Outcome:
         resumed=job.visits,
         curves=tuple(tuple(step[CURVE]) for step in steps if CURVE in step),
     )
-
-
-# ---- what a run is ----------------------------------------------------------------------------
-
-
-def _identity(job: Job, tokens: Tensor | None) -> dict[str, Any]:
-    """Everything the output depends on but the number of threads, which a run keeps."""
-    run = {
-        "skimp": skimp.__version__,
-        "torch": torch.__version__,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "model": _model_identity(job),
-        "recipe": job.recipe.as_dict(),
-        "calibration": calibration_hash(tokens),
-        "files": [
-            file_sha256(path)
-            for step in job.recipe.steps
-            if isinstance(step, WholeStep)
-            for path in step.files()
-        ],
-    }
-    return dict(json.loads(json.dumps(run)))
-
-
-def _check_files(job: Job) -> None:
-    """What a first step reads it finds fault with itself, at once."""
-    for number, step in enumerate(job.recipe.steps[1:], 2):
-        if isinstance(step, WholeStep):
-            try:
-                step.check_files(job.specs[0], job.directory)
-            except SkimpError as error:
-                where = f"{job.recipe.name}: step {number} ({step.kind})"
-                raise ShrinkError(f"{where}: {error}") from error
-
-
-def _model_identity(job: Job) -> dict[str, Any]:
-    """Config and headers by hash, data by size and time of change: hashing it would take long."""
-    places = [*job.stored.dense.values()]
-    places += [place for parts in job.stored.parts.values() for place in parts.values()]
-    files = {}
-    for path in sorted({place.file for place in places}):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        status = path.stat()
-        files[path.name] = {
-            "size": status.st_size,
-            "header": file_sha256(path, 0, 8 + length),
-            "time": status.st_mtime_ns,
-        }
-    return {"config": file_sha256(job.directory / CONFIG_FILE), "files": files}
-
-
-def _without_times(model: Mapping[str, Any]) -> dict[str, Any]:
-    files = {
-        name: {key: value for key, value in entry.items() if key != "time"}
-        for name, entry in model["files"].items()
-    }
-    return {"config": model["config"], "files": files}
-
-
-def _key(run: Mapping[str, Any]) -> str:
-    text = json.dumps({**run, "model": _without_times(run["model"])}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:
-    for key, words in DEPENDS.items():
-        if before.get(key) == now[key]:
-            continue
-        pair = ""
-        if isinstance(now[key], str) and len(now[key]) < 32:
-            pair = f" ({shown(before.get(key))}, now {shown(now[key])})"
-        raise ShrinkError(
-            f"{output}: an unfinished run is there, and its {words} differs{pair}; give the same "
-            "again, or begin anew with --restart"
-        )
-
-
-@contextlib.contextmanager
-def _reproducible(threads: int) -> Iterator[None]:
-    """Sums split among as many threads as when the run began, by algorithms that repeat."""
-    before = torch.get_num_threads()
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)

@@ -146,9 +146,7 @@ def _resolved(calibration: Calibration, name: str, folder: Path) -> Calibration:
     return calibration
 
 
-def _step(
-    item: Any, where: str, registry: Mapping[str, str], folder: Path
-) -> Step | WholeStep:
+def _step(item: Any, where: str, registry: Mapping[str, str], folder: Path) -> Step | WholeStep:
     known = ", ".join(registry)
     if isinstance(item, str):
         item = {item: None}

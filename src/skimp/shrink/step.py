@@ -81,9 +81,10 @@ class Run:
 class Need:
     """What a step will take, before anything is touched. Bytes beyond the unit itself.
 
-    ``disk_bytes``: of files beside the units. ``ticks``: what a whole step counts its progress in;
-    ``work`` says in words what it does. ``open_bits``: of matrices whose format a pass will choose, the bits a weight that they take at
-    most on average; ``choices`` says in words what there is to choose from.
+    ``open_bits``: of matrices whose format a pass will choose, the bits a weight that they take at
+    most on average; ``choices`` says in words what there is to choose from. ``disk_bytes``: of
+    files beside the units. ``ticks``: what a whole step counts its progress in; ``work`` says in
+    words what it does.
     """
 
     passes: int = 1
@@ -180,7 +181,6 @@ class WholeStep(Shortcut, Protocol):
         """All tensors of the model that comes out. Must depend on nothing but its arguments, and
         return at once if ``whole.saved`` is where it ended."""
         ...
-
 
 
 def unit_names(spec: ModelSpec) -> list[str]:

@@ -1,8 +1,8 @@
 """Text for healing: documents, a piece of them held out, and endless rounds of the rest.
 
 Documents are cut into pieces of at most ``length`` tokens. A step takes as many tokens as it wants
-from the pieces in a seeded order; several pieces stand side by side in one forward, and each attends
-to itself alone, so no row is padding and every row counts.
+from the pieces in a seeded order; several pieces stand side by side in one forward, and each
+attends to itself alone, so no row is padding and every row counts.
 """
 
 from __future__ import annotations

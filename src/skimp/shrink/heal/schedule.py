@@ -27,9 +27,7 @@ class Part:
         return self.name == "layerwise"
 
 
-def rate(
-    step: int, steps: int, schedule: Schedule, *, warmup: float, final: float
-) -> float:
+def rate(step: int, steps: int, schedule: Schedule, *, warmup: float, final: float) -> float:
     """The factor on the learning rate of step ``step`` of ``steps``, from 0: a linear climb over
     the share ``warmup``, then a cosine down to ``final``; or flat, and at last 1 - sqrt (Hägele et
     al. 2024) down to ``final``; or flat."""
@@ -47,7 +45,7 @@ def rate(
 
 
 def has_settled(losses: Sequence[float], slope: float, window: int) -> bool:
-    """Whether the last ``window`` measurements lowered the loss by less than the share ``slope``."""
+    """Whether the last ``window`` measurements took off less than the share ``slope``."""
     if len(losses) <= window:
         return False
     before, now = losses[-1 - window], losses[-1]

@@ -63,8 +63,9 @@ class Heal(BaseModel):
 
     ``tokens`` is the budget, ``batch`` the tokens of an optimiser step, ``length`` the longest
     sequence, ``micro_batch`` the tokens of a forward (default: some 2,048). ``text`` is a file,
-    plain or .jsonl, or ``self``, what the original itself writes; ``chat`` a file of conversations.
-    ``self_tokens`` is how much it writes. ``train`` and ``frozen`` are shell patterns over names such as ``layers.3.mixer.q_proj``.
+    plain or .jsonl, or ``self``, ``self_tokens`` tokens that the original itself writes; ``chat`` a
+    file of conversations. ``train`` and ``frozen`` are shell patterns over names such as
+    ``layers.3.mixer.q_proj``. ``warmup`` is a share of the steps, ``final`` one of the rate.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

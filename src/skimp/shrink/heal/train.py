@@ -124,7 +124,9 @@ class Healer:
         with _settings(self._device):
             if saved is not None:
                 self._weights.load(saved.tensors)
-                self._own_text = {n: t for n, t in saved.tensors.items() if n in TEXT_TENSORS}
+                self._own_text = {
+                    n: saved.tensors[n].clone() for n in TEXT_TENSORS if n in saved.tensors
+                }
             if saved is None or not saved.state["done"]:
                 self._train()
         return self._weights.written()
@@ -132,11 +134,13 @@ class Healer:
     # ---- parts ----------------------------------------------------------------------------
 
     def _train(self) -> None:
-        step, saved = self._step, self._whole.saved
+        step = self._step
+        # Once used, a save is let go: the next one but one takes its place on the disk.
+        saved, self._whole.saved = self._whole.saved, None
         state: Mapping[str, Any] = {} if saved is None else saved.state
         self._progress = Progress(**state.get("progress", {}))
         started = self._progress.part
-        docs = self._documents()
+        docs = self._documents(fresh=saved is None)
         size = sum(map(len, docs))
         held_tokens = step.held_out or max(2, min(MOST_HELD_OUT, size // HELD_OUT_SHARE))
         held, rest = split_off(docs, held_tokens, self._whole.seed)
@@ -156,6 +160,7 @@ class Healer:
                     optimizer.load(saved.tensors, self._progress.updates)
                 else:
                     self._progress = replace(self._progress, updates=0)
+                saved = None
             stream = Stream(cut(rest, part.length), self._whole.seed + index)
             while not self._progress.ended:
                 self._optimise(part, stream, optimizer)
@@ -192,9 +197,7 @@ class Healer:
         own = [i for i, p in enumerate(self._parts) if p.layerwise == self._parts[index].layerwise]
         before = sum(self._parts[i].steps for i in own if i < index)
         steps = sum(self._parts[i].steps for i in own)
-        return rate(
-            before + number, steps, step.schedule, warmup=step.warmup, final=step.final
-        )
+        return rate(before + number, steps, step.schedule, warmup=step.warmup, final=step.final)
 
     def _of_part(self, part: Part) -> dict[str, Tensor]:
         """The masters that train in it."""
@@ -212,7 +215,7 @@ class Healer:
         loss = divergence(self._student.states(inputs, self._ops), self._student, logits)
         loss = loss / self._step.batch
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     def _mixers(self, inputs: StepInputs) -> float:
         """Mean over layers of |y' - y|^2 / |y|^2, y being what a mixer adds to the stream that
@@ -231,7 +234,7 @@ class Healer:
                 found = own.mixer(x, own.mixer_norm, own.mixer_post_norm, self._ops, inputs)
                 loss = share * (found - mixed).square().sum() / (mixed - x).square().sum()
                 loss.backward()
-                total += float(loss)
+                total += float(loss.detach())
             with torch.no_grad():
                 x = theirs.ffn(mixed, theirs.ffn_norm, theirs.ffn_post_norm, self._ops, inputs)
         return total
@@ -250,10 +253,10 @@ class Healer:
 
     # ---- text, account --------------------------------------------------------------------
 
-    def _documents(self) -> list[np.ndarray]:
+    def _documents(self, *, fresh: bool) -> list[np.ndarray]:
         if self._step.text != SELF:
             return read_texts(self._step, self._whole.original, self._whole.directory)
-        if self._whole.saved is None:
+        if fresh:
             self._own_text = write_text(self._step, self._whole)
             self._save(self._progress, {})
         return from_tensors(self._own_text)
@@ -265,9 +268,7 @@ class Healer:
                 f"heal: the text's {tokens:,} tokens were gone through up to {rounds:.1f} times"
             )
 
-    def _add_row(
-        self, part: str, lr: float, held_out: float, *, written: bool = False
-    ) -> None:
+    def _add_row(self, part: str, lr: float, held_out: float, *, written: bool = False) -> None:
         """A line of the curve. ``loss`` is the mean since the line before, KL in nats a token (in
         the layerwise part the mixers' relative error); ``written``: of the weights as rounded for
         the output."""
@@ -377,14 +378,14 @@ def _same(a: Any, b: Any) -> bool:
 @contextlib.contextmanager
 def _settings(device: torch.device) -> Iterator[None]:
     """No time is spent on filling new memory; on a GPU products need not repeat bit for bit."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     strict = torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     if device.type == "cuda":
         torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(strict)
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Final
 
@@ -23,7 +23,6 @@ from skimp.model.decoder import Decoder
 from skimp.model.layers import Linear
 from skimp.model.loading import assign, empty_decoder
 from skimp.model.spec import ModelSpec
-from skimp.shrink.fold import dense
 from skimp.shrink.step import Tensors
 
 DOWN: Final = ".lora_a"
@@ -91,15 +90,17 @@ class Weights:
         keep_zeros: bool = False,
         seed: int = 0,
     ) -> None:
-        self.decoder = decoder
-        self._start = dense(tensors)
-        self._names = list(names)
+        self._start = tensors
+        self._names = dict.fromkeys(names)
         self._adapter, self._keep_zeros = adapter, keep_zeros
         self.masters: dict[str, Tensor] = {}
+        self._bases: dict[str, Tensor] = {}  # of adapters, as they are stored
         self._parameters = dict(decoder.named_parameters())
         for name in self._names:
             parameter = self._parameters[name].requires_grad_()
+            start = _dense(tensors, name)
             if adapter is not None:
+                self._bases[name] = start.to(parameter.device, copy=True)
                 down, up = adapter.start(name, parameter, seed)
                 self.masters[name + DOWN] = down.to(parameter.device)
                 self.masters[name + UP] = up.to(parameter.device)
@@ -107,7 +108,7 @@ class Weights:
             else:
                 own = parameter.detach()
                 if not self._is_master(name):
-                    own = self._start[name].to(parameter.device, torch.float32, copy=True)
+                    own = start.to(parameter.device, torch.float32, copy=True)
                 self.masters[name] = own
                 hook = self._to_master
             parameter.register_post_accumulate_grad_hook(partial(hook, name))
@@ -134,14 +135,15 @@ class Weights:
     def settle(self) -> None:
         """Compute with the weights as :meth:`written`, which may round them."""
         for name in self._names:
-            self._parameters[name].data.copy_(self._written(name))
+            self._parameters[name].data.copy_(self.written_one(name))
 
-    def written(self) -> dict[str, Tensor]:
-        """All tensors of the student, in the dtypes it began with."""
-        return {name: self._written(name) for name in self._start}
+    def written(self) -> Mapping[str, Tensor]:
+        """All tensors of the student, in the dtypes it began with, each made when asked for."""
+        return _Written(self._start, self.written_one)
 
-    def _written(self, name: str) -> Tensor:
-        old = self._start[name]
+    def written_one(self, name: str) -> Tensor:
+        """One of :meth:`written`."""
+        old = _dense(self._start, name)
         return self._value(name).to("cpu", old.dtype) if name in self._names else old
 
     def _is_master(self, name: str) -> bool:
@@ -152,7 +154,7 @@ class Weights:
         if self._adapter is None:
             return self.masters[name]
         down, up = self.masters[name + DOWN], self.masters[name + UP]
-        start = self._start[name].to(down.device, torch.float32)
+        start = self._bases[name].float()
         change = self._adapter.scale * (up @ down)
         return start + (change * (start != 0) if self._keep_zeros else change)
 
@@ -168,13 +170,37 @@ class Weights:
         assert self._adapter is not None
         grad = _taken(parameter).mul_(self._adapter.scale)
         if self._masked(parameter):
-            grad.mul_(self._start[name].to(grad.device) != 0)
+            grad.mul_(self._bases[name] != 0)
         down, up = self.masters[name + DOWN], self.masters[name + UP]
         up.grad = _sum(up.grad, grad @ down.T)
         down.grad = _sum(down.grad, up.T @ grad)
 
     def _masked(self, parameter: Tensor) -> bool:
         return self._keep_zeros and parameter.dim() == 2
+
+
+class _Written(Mapping[str, Tensor]):
+    """Tensors made on demand: held all at once, mapped ones would take a file descriptor each."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names, self._make = dict.fromkeys(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _dense(tensors: Tensors, name: str) -> Tensor:
+    tensor = tensors[name]
+    assert isinstance(tensor, Tensor), name
+    return tensor
 
 
 def _taken(parameter: Tensor) -> Tensor:
