@@ -18,6 +18,7 @@ from skimp.errors import ShrinkError, SkimpError
 from skimp.model.loading import load_decoder
 from skimp.model.saving import save_checkpoint
 from skimp.shrink import pipeline
+from skimp.shrink.curve import read_curves
 from skimp.shrink.heal import Heal
 from skimp.shrink.heal.schedule import has_settled, rate
 from skimp.shrink.heal.weights import Adapter, Weights, build
@@ -71,6 +72,8 @@ def test_the_curve_is_in_the_account(model: Path, tmp_path: Path) -> None:
     account = json.loads((outcome.output / "skimp_shrink.json").read_text())
     curve = account["steps"][1]["curve"]
     assert tuple(curve) == outcome.curves[0]
+    points = tuple((row["tokens"], row["held_out_kl"]) for row in curve)
+    assert read_curves(outcome.output) == (points,) and read_curves(model) == ()
     assert [row["step"] for row in curve] == [0, 2, 4, 4]
     assert [row["tokens"] for row in curve] == [0, 512, 1024, 1024]
     assert [row["written"] for row in curve] == [False, False, False, True]

@@ -12,6 +12,8 @@ from shrink.runs import Victim, hashes, run, work_of
 
 from skimp.errors import ShrinkError
 from skimp.model.manifest import verify
+from skimp.shrink.step import Tensors
+from skimp.shrink.units import Formats, UnitFiles
 
 HEAL = """
 - heal: {text: TEXT, tokens: 4096, length: 64, batch: 256, held_out: 256, lr: 0.01, save_every: 3,
@@ -21,6 +23,29 @@ RECIPE = "- damage: {layer: 1, of: mixer}" + HEAL + "- quantize: {format: int8}"
 LORA = "- damage: {layer: 1, of: mixer}" + HEAL.replace(
     "lr: 0.01,", "lr: 0.01, lora: {rank: 2, alpha: 2},", 1
 )
+
+
+# (recipe, progress): a layer-wise part of 4 steps and its first save begin behind tick 4, the next
+# parts behind 8 and 24, and units behind 28.
+QUICK = [
+    (0, 5),
+    (0, 8),
+    (0, 9),
+    (0, 14),
+    (0, 24),
+    (0, 28),
+    (1, 5),
+    (1, 10),
+    (2, 8),
+    (2, 23),
+    (2, 31),
+]
+SLOW = [
+    pytest.param(kind, stop, marks=pytest.mark.slow)
+    for kind in range(3)
+    for stop in range(5, 33)
+    if (kind, stop) not in QUICK
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +73,7 @@ def references(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("stop", [5, 7, 8, 9, 10, 14, 23, 24, 25, 27, 28, 29, 31, 32])
-@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize(("kind", "stop"), [*QUICK, *SLOW])
 def test_stopped_at_any_step(
     model: Path, tmp_path: Path, stop: int, kind: int, references: dict[str, dict[str, str]]
 ) -> None:
@@ -66,6 +90,36 @@ def test_stopped_at_any_step(
     outcome = run(model, text, tmp_path / "out")
     assert hashes(outcome.output) == reference
     assert not work_of(outcome.output).exists()
+
+
+@pytest.mark.parametrize(("kind", "unit"), [(0, 0), (0, 2), (1, 1), (2, 3)])
+def test_stopped_before_any_unit_is_written(
+    model: Path,
+    tmp_path: Path,
+    unit: int,
+    kind: int,
+    references: dict[str, dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Trained to the end, and not all of it on the disk."""
+    text, reference = list(references.items())[kind]
+    write, written = UnitFiles.write, 0
+
+    def stop(self: UnitFiles, index: int, tensors: Tensors) -> tuple[str, Formats]:
+        nonlocal written
+        if self.folder.name == "step-02" and index == unit:
+            raise KeyboardInterrupt
+        written += self.folder.name == "step-02"
+        return write(self, index, tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(UnitFiles, "write", stop)
+        run(model, text, tmp_path / "out")
+    assert written == unit
+    with monkeypatch.context() as patch:
+        patch.setattr("skimp.shrink.heal.train.Healer._train", None)  # which is done
+        outcome = run(model, text, tmp_path / "out")
+    assert outcome.resumed == 4 + unit and hashes(outcome.output) == reference
 
 
 def _kill(model: Path, folder: Path, reference: dict[str, str], text: str, runs: int) -> None:

@@ -27,6 +27,7 @@ from skimp.model.loading import empty_decoder, load_spec, load_stored
 from skimp.model.manifest import MANIFEST_FILE, SHRINK_FILE, read_manifest
 from skimp.model.saving import SHARD_BYTES, save_checkpoint, sync_directory
 from skimp.model.spec import ModelSpec
+from skimp.shrink.curve import CURVE
 from skimp.shrink.job import (
     Job,
     check_files,
@@ -65,8 +66,6 @@ from skimp.shrink.units import (
 RECIPE_FILE: Final = "recipe.yaml"
 FINISHED: Final = "output"  # in the work directory
 Progress = Callable[[int, int], None]
-
-CURVE: Final = "curve"  # in the account of a step: the rows that it recorded
 
 
 @dataclass(frozen=True, kw_only=True)

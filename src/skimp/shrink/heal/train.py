@@ -129,6 +129,8 @@ class Healer:
                 }
             if saved is None or not saved.state["done"]:
                 self._train()
+            else:
+                self._whole.notes[:] = saved.state["notes"]
         return self._weights.written()
 
     # ---- parts ----------------------------------------------------------------------------
@@ -166,8 +168,8 @@ class Healer:
                 self._optimise(part, stream, optimizer)
         self._weights.settle()
         self._add_row(self._parts[-1].name, 0.0, self._measure(), written=True)
-        self._save(None, {})
         self._whole.note(self._summary())
+        self._save(None, {})
 
     def _optimise(self, part: Part, stream: Stream, optimizer: _Optimizer) -> None:
         """One optimiser step, and what is due after it."""
@@ -296,7 +298,9 @@ class Healer:
 
     def _save(self, at: Progress | None, moments: Mapping[str, Tensor]) -> None:
         """``at`` None: there is nothing left to do."""
-        state = {"done": True} if at is None else {"done": False, "progress": asdict(at)}
+        state: dict[str, Any] = {"done": True, "notes": self._whole.notes}
+        if at is not None:
+            state = {"done": False, "progress": asdict(at)}
         self._whole.save(state, {**self._weights.masters, **moments, **self._own_text}, self._fresh)
         self._fresh = []
 
