@@ -69,6 +69,18 @@ def test_dry_run_touches_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_heal(skimp: Callable[..., Any], model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("- heal: {text: text.txt, tokens: 512, length: 32, batch: 256, held_out: 64}")
+    done = skimp("shrink", model_dir, recipe, "--dry-run")
+    assert done.exit_code == 0 and "numbers on 512 tokens in 2 steps" in done.stdout
+    done = skimp("shrink", model_dir, recipe, "-o", tmp_path / "out", "--json", "--quiet")
+    found = json.loads(done.stdout)
+    assert [row["tokens"] for row in found["curves"][0]] == [0, 256, 512, 512]
+    assert found["notes"] and skimp("verify", tmp_path / "out").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

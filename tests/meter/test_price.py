@@ -192,6 +192,21 @@ def make_price() -> Price:
     )
 
 
+def test_a_curve_of_healing_is_drawn_where_there_is_one(tmp_path: Path) -> None:
+    plain = make_price()
+    write_html(plain, tmp_path / "plain.html")
+    assert "Healing" not in (tmp_path / "plain.html").read_text()
+    first = dataclasses.replace(plain.rows[0], healing=(((0, 0.5), (1000, 0.25)),))
+    healed = dataclasses.replace(plain, rows=(first, *plain.rows[1:]))
+    write_html(healed, tmp_path / "healed.html")
+    page = (tmp_path / "healed.html").read_text()
+    assert page.count("<svg") == 4 and "held-out KL to the original" in page
+    row = healed.as_dict()["rows"][0]
+    assert row["healing"] == [
+        [{"tokens": 0, "held_out_kl": 0.5}, {"tokens": 1000, "held_out_kl": 0.25}]
+    ]
+
+
 def test_a_loss_whose_interval_holds_zero_is_inside_the_noise() -> None:
     lines = as_text(make_price()).splitlines()
     eight = next(line for line in lines if line.strip().startswith("int8"))

@@ -14,8 +14,8 @@ from skimp.meter.quality import (
     bootstrap,
     evaluate,
     score_windows,
-    split_documents,
 )
+from skimp.text.documents import split_documents
 
 
 class ByteTokenizer:

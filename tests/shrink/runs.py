@@ -72,7 +72,9 @@ class Victim:
 
     def __init__(self, model: Path, text: str, output: Path) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["shrink.runs", "skimp.shrink.quantize.calibrated"])
+        context.set_forkserver_preload(
+            ["shrink.runs", "skimp.shrink.quantize.calibrated", "skimp.shrink.heal.train"]
+        )
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_child, args=(theirs, model, text, output))
         self._process.start()

@@ -81,4 +81,39 @@ class Widen(BaseModel):
         )
 
 
-REGISTRY = {**STEPS, "look": f"{__name__}:Look", "widen": f"{__name__}:Widen"}
+class Damage(BaseModel):
+    """Noise on the matrices of one layer, ``noise`` times their spread."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: ClassVar[str] = "damage"
+    axis: ClassVar[Axis] = "weights"
+    lossy: ClassVar[bool] = True
+
+    layer: int = 1
+    noise: float = 1.0
+    of: str = ""
+
+    def need(self, spec: ModelSpec) -> Need:
+        return Need()
+
+    def planned_spec(self, spec: ModelSpec) -> ModelSpec:
+        return spec
+
+    def output_spec(self, spec: ModelSpec, state: Mapping[str, Any]) -> ModelSpec:
+        return spec
+
+    def visit(self, unit: Unit, run: Run) -> UnitResult:
+        out = dict(unit.tensors)
+        for name, tensor in unit.tensors.items():
+            if unit.layer == self.layer and self.of in name and len(tensor.shape) == 2:
+                assert isinstance(tensor, torch.Tensor)
+                out[name] = tensor + self.noise * tensor.std() * torch.randn(tensor.shape)
+        return UnitResult(tensors=out)
+
+
+REGISTRY = {
+    **STEPS,
+    "look": f"{__name__}:Look",
+    "widen": f"{__name__}:Widen",
+    "damage": f"{__name__}:Damage",
+}

@@ -52,15 +52,27 @@ def progress_text(show: bool = True) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def progress_bar(label: str, show: bool = True) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, fed with (done, total), only where somebody is looking."""
+    with telling_bar(label, show) as (bar, _):
+        yield bar
+
+
+@contextmanager
+def telling_bar(
+    label: str, show: bool = True
+) -> Iterator[tuple[Callable[[int, int], None], Callable[[str], None]]]:
+    """:func:`progress_bar`, and what changes its label."""
     if not (show and sys.stderr.isatty()):
-        yield lambda done, total: None
+        yield lambda done, total: None, lambda text: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        yield (
+            lambda done, total: progress.update(task, completed=done, total=total),
+            lambda text: progress.update(task, description=text),
+        )
 
 
 def bytes_text(value: float) -> str:

@@ -222,6 +222,7 @@ def _price(
     from skimp.meter.calibrate import engine_hardware
     from skimp.meter.price import Candidate, price
     from skimp.model.locate import locate_model
+    from skimp.shrink.curve import read_curves
 
     candidates = []
     for entry in entries:
@@ -235,6 +236,7 @@ def _price(
                 directory=directory,
                 engine=engine,
                 warnings=() if warning is None else (warning,),
+                healing=read_curves(directory),
             )
         )
     progress("measuring the machine")

@@ -37,15 +37,16 @@ def shrink(
 ) -> None:
     """Make a cheaper checkpoint by a recipe.
 
-    The model goes through memory a few layers at a time. A run that is stopped goes on where it was
-    when the same command is given again, and ends with the same files, bit for bit.
+    The model goes through memory a few layers at a time, but for heal, which has it whole. A run
+    that is stopped goes on where it was when the same command is given again, and ends with the
+    same files, bit for bit.
 
     \b
     Examples:
       skimp shrink tales recipes/int8.yaml -o tales-int8
       skimp shrink tales recipes/int4-gptq.yaml --dry-run
     """
-    from skimp.cli.output import note, print_json, progress_bar
+    from skimp.cli.output import note, print_json, telling_bar
     from skimp.model.locate import locate_model
     from skimp.shrink.recipe import load_recipe
 
@@ -76,9 +77,9 @@ def shrink(
         for line in warnings:
             note(f"skimp: warning: {line}")
     try:
-        with progress_bar(", ".join(s.kind for s in loaded.steps), not quiet) as progress:
+        with telling_bar(", ".join(s.kind for s in loaded.steps), not quiet) as (bar, tell):
             outcome = pipeline.shrink(
-                job, output, tokens=tokens, restart=restart, progress=progress
+                job, output, tokens=tokens, restart=restart, progress=bar, tell=tell
             )
     except KeyboardInterrupt:
         note("skimp: stopped; the same command goes on from here")
@@ -148,6 +149,8 @@ def _print_plan(model: str, recipe: str, plan: Plan, warnings: list[str]) -> Non
         f"of memory beside Python and PyTorch, and {bytes_text(plan.disk_bytes)} of disk."
         "\nTime and accuracy are not predicted: they have to be measured."
     )
+    for step in (step for step in plan.steps if step.work):
+        print(f"{step.kind} {step.work}.")
     for step in (step for step in plan.steps if step.choices):
         print(
             f"Which matrix gets which of {step.choices} is not known yet: {step.kind} first "
@@ -173,6 +176,7 @@ def _outcome_dict(model: str, outcome: Outcome, plan: Plan, warnings: list[str])
         "units": outcome.visits,
         "units_resumed": outcome.resumed,
         "notes": list(outcome.notes),
+        "curves": [list(curve) for curve in outcome.curves],
         "warnings": warnings,
     }
 

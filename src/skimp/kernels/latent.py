@@ -58,7 +58,8 @@ def absorbed(
     """[R, H, V] with keys and values left in the latent."""
     c, key = cached_TC.split((spec.latent_dim, spec.rope_dim), dim=-1)
     scores = torch.einsum("rhl,tl->hrt", to_latent(nope_RHN, heads), c)
-    weights = _weights(scores, rotated_RHP, key, mask_RT, spec)
+    scores = (scores + torch.einsum("rhp,tp->hrt", rotated_RHP, key)) * spec.scale
+    weights = scores.masked_fill(~mask_RT, -math.inf).softmax(-1)
     return from_latent(torch.einsum("hrt,tl->rhl", weights, c), heads)
 
 
@@ -71,20 +72,19 @@ def expanded(
     spec: LatentAttentionSpec,
 ) -> Tensor:
     """[R, H, V] with every head's keys and values made."""
-    c, key = cached_TC.split((spec.latent_dim, spec.rope_dim), dim=-1)
-    keys = torch.einsum("tl,hnl->thn", c, heads.keys_HNL.float())
-    values = torch.einsum("tl,hvl->thv", c, heads.values_HVL.float())
-    scores = torch.einsum("rhn,thn->hrt", nope_RHN, keys)
-    weights = _weights(scores, rotated_RHP, key, mask_RT, spec)
+    keys, values = made_heads(cached_TC, heads, spec)
+    queries = torch.cat((nope_RHN, rotated_RHP), dim=-1)
+    scores = torch.einsum("rhk,thk->hrt", queries, keys) * spec.scale
+    weights = scores.masked_fill(~mask_RT, -math.inf).softmax(-1)
     return torch.einsum("hrt,thv->rhv", weights, values)
 
 
-def _weights(
-    scores_HRT: Tensor,
-    rotated_RHP: Tensor,
-    key_TP: Tensor,
-    mask_RT: Tensor,
-    spec: LatentAttentionSpec,
-) -> Tensor:
-    scores = (scores_HRT + torch.einsum("rhp,tp->hrt", rotated_RHP, key_TP)) * spec.scale
-    return scores.masked_fill(~mask_RT, -math.inf).softmax(-1)
+def made_heads(
+    cached_TC: Tensor, heads: LatentHeads, spec: LatentAttentionSpec
+) -> tuple[Tensor, Tensor]:
+    """Keys [T, H, N + P] and values [T, H, V] of all heads."""
+    c, key = cached_TC.split((spec.latent_dim, spec.rope_dim), dim=-1)
+    nope = torch.einsum("tl,hnl->thn", c, heads.keys_HNL.to(c.dtype))
+    values = torch.einsum("tl,hvl->thv", c, heads.values_HVL.to(c.dtype))
+    rotated = key[:, None].expand(-1, spec.num_heads, -1)
+    return torch.cat((nope, rotated), dim=-1), values

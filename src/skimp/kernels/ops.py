@@ -34,7 +34,7 @@ class StepBounds:
 
     rows: int  # of the sequence that has most
     context: int  # no ``kv_end`` is above
-    whole: tuple[int, ...] = ()  # seq_starts, if all are causal, from position 0, and long
+    whole: tuple[int, ...] = ()  # seq_starts, if all are causal, from 0, and worth a call each
     captured: bool = False  # the step is part of a graph, which goes on using its memory
 
 

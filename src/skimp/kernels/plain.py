@@ -35,6 +35,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 KEY_BLOCK = 64  # keys per block where the order of summation must not depend on the step
+LEAST_QUERIES = 256  # rows of a block of windowed attention, if there are as many
 
 
 @dataclass
@@ -307,25 +308,34 @@ class PlainOps:
                 q, k, v = hadamard(q), hadamard(k), hadamard(v)
             cache_rows.write((k, v), params.cache, step)
         k, v = k.to(dtype), v.to(dtype)
+        plain = spec.softcap is None and params.sinks is None
+        if plain and (starts := self._whole_starts(step)) is not None:
+            qs, ks, vs = (x.tensor_split(starts[1:-1]) for x in (q.to(dtype), k, v))
+            outs = [
+                _attend_causally(*part, scale=spec.scale, window=spec.window)
+                for part in zip(qs, ks, vs)
+            ]
+            return torch.cat(outs).flatten(1)
         out = torch.empty_like(q)
         for rows, seen in _sequences(k, v, params.cache, step):
             out[rows] = self._attend(q[rows], seen, rows, params, step)
         return (hadamard(out) if turned else out).flatten(1).to(dtype)
 
-    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> LatentHeads:
-        held = linear.take() if self.serving else _held(linear)
-        weight = held.dequantize() if isinstance(held, QuantizedWeight) else held
-        return latent.split_heads(weight, spec)
+    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> LatentHeads | Linear:
+        # While it may train, a matrix is taken apart where it is used, so that gradients reach it.
+        return _latent_heads(linear.take(), spec) if self.serving else linear
 
     def latent_attention(
         self,
         queries: Tensor,
         latents: Tensor,
-        heads: LatentHeads,
+        heads: LatentHeads | Linear,
         params: LatentParams,
         step: StepInputs,
     ) -> Tensor:
         spec, dtype = params.spec, queries.dtype
+        if isinstance(heads, Linear):
+            heads = _latent_heads(_held(heads), spec)
         q = queries.float().unflatten(-1, (spec.num_heads, -1))
         nope, rotated = q.split((spec.nope_dim, spec.rope_dim), dim=-1)
         c, key = latents.float().split((spec.latent_dim, spec.rope_dim), dim=-1)
@@ -340,6 +350,12 @@ class PlainOps:
             assert params.cache is not None, "the decoder was bound without a cache"
             cache_rows.write((cached,), params.cache, step)
         cached = cached.to(dtype)
+        if (starts := self._whole_starts(step)) is not None:
+            query = torch.cat((nope, rotated), dim=-1).to(dtype)
+            keys, values = latent.made_heads(cached[:, 0], heads, spec)
+            parts = (x.tensor_split(starts[1:-1]) for x in (query, keys, values))
+            outs = [_attend_causally(*part, scale=spec.scale, window=None) for part in zip(*parts)]
+            return torch.cat(outs).flatten(1)
         out = q.new_empty(q.shape[0], spec.num_heads, spec.value_dim)
         for rows, seen in _sequences(cached, cached, params.cache, step):
             mask = seen.positions < step.kv_end[rows, None]
@@ -351,6 +367,20 @@ class PlainOps:
             else:
                 out[rows] = latent.absorbed(*part, heads, spec)
         return out.flatten(1).to(dtype)
+
+    def _whole_starts(self, step: StepInputs) -> list[int] | None:
+        """``seq_starts`` of a step that PyTorch's own attention can compute: nothing cached, and
+        each sequence whole and causal; None if it is not so. ``bounds.whole`` spares looking."""
+        if self.deterministic or step.arena is not None:
+            return None
+        if step.bounds is not None and step.bounds.whole:
+            return list(step.bounds.whole)
+        starts = step.seq_starts.to(torch.int64)
+        count = starts.diff()
+        own = torch.arange(len(step.positions), device=starts.device)
+        own -= starts[:-1].repeat_interleave(count)
+        whole = (step.positions == own).all() & (step.kv_end == own + 1).all()
+        return starts.tolist() if bool(whole) else None
 
     def _attend(
         self,
@@ -425,6 +455,11 @@ def _sequences(
         yield rows, cache_rows.read(cache, step, rows, KEY_BLOCK)
 
 
+def _latent_heads(held: Tensor | QuantizedWeight, spec: LatentAttentionSpec) -> LatentHeads:
+    weight = held.dequantize() if isinstance(held, QuantizedWeight) else held
+    return latent.split_heads(weight, spec)
+
+
 def _latent_by_rows(
     nope_RHN: Tensor,
     rotated_RHP: Tensor,
@@ -442,6 +477,36 @@ def _latent_by_rows(
         mixed = _row_by_blocks(query, keys, values, mask, spec.scale, None, None)
         rows.append(latent.from_latent(mixed[None], heads)[0])
     return torch.stack(rows)
+
+
+def _attend_causally(
+    q_RHK: Tensor, k_RGK: Tensor, v_RGV: Tensor, *, scale: float, window: int | None
+) -> Tensor:
+    """One sequence over itself [R, H, V], in memory that grows with R, or with R times window."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_RHK, k_RGK, v_RGV))
+    grouped = q.shape[1] != k.shape[1]
+    if window is None or q.shape[2] <= window:
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+        return out[0].transpose(0, 1)
+    parts = []
+    block = max(window, LEAST_QUERIES)
+    for begin in range(0, q.shape[2], block):
+        end, first = min(begin + block, q.shape[2]), max(0, begin - window + 1)
+        at = torch.arange(begin, end, device=q.device)[:, None]
+        key = torch.arange(first, end, device=q.device)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[:, :, begin:end],
+                k[:, :, first:end],
+                v[:, :, first:end],
+                attn_mask=(key <= at) & (key > at - window),
+                scale=scale,
+                enable_gqa=grouped,
+            )
+        )
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 def _row_by_blocks(

@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A loaded model, by the name its row shall have, and what makes its figures doubtful."""
+    """A loaded model, by the name its row shall have, what makes its figures doubtful, and how it
+    was healed: for each time (tokens, held-out KL to the original in nats a token)."""
 
     name: str
     directory: Path
     engine: Engine
     warnings: tuple[str, ...] = ()
+    healing: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ class Row:
     speed: tuple[Gain, ...]
     tasks: tuple[TaskPrice, ...] = ()
     warnings: tuple[str, ...] = ()
+    healing: tuple[tuple[tuple[int, float], ...], ...] = ()  # as the candidate's
 
     def as_dict(self) -> dict[str, Any]:
         """The base's loss and divergence are 0 of themselves: it was not read twice."""
@@ -119,6 +122,10 @@ class Row:
             "speed": [gain.as_dict() for gain in self.speed],
             "tasks": [task.as_dict() for task in self.tasks],
             "warnings": list(self.warnings),
+            "healing": [
+                [{"tokens": tokens, "held_out_kl": kl} for tokens, kl in curve]
+                for curve in self.healing
+            ],
         }
 
 
@@ -258,4 +265,5 @@ def _row(
         speed=speed,
         tasks=tasks,
         warnings=candidate.warnings,
+        healing=candidate.healing,
     )

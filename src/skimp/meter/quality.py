@@ -12,18 +12,18 @@ together, so single tokens would give an interval that is too narrow.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+from skimp.text.documents import split_documents
 
 if TYPE_CHECKING:
     import numpy as np
 
     from skimp.engine import Engine
 
-SEPARATOR = re.compile(r"^<\|endoftext\|>[ \t]*\r?(?:\n|\Z)", re.MULTILINE)
 RESAMPLES = 4000
 MAX_BLOCK_TOKENS = 512
 
@@ -114,12 +114,6 @@ class Reading:
             bits_per_token=total / self.tokens,
             context=self.context,
         )
-
-
-def split_documents(text: str) -> list[str]:
-    """The documents of a text; the separator lines and empty documents are dropped."""
-    documents = (part.removesuffix("\n") for part in SEPARATOR.split(text))
-    return [part for part in documents if part.strip()]
 
 
 def evaluate(

@@ -29,6 +29,7 @@ class DecoderLayer(nn.Module):
         def norm() -> RMSNorm:
             return RMSNorm(model.hidden_size, eps=model.norm_eps, plus_one=model.norm_plus_one)
 
+        assert spec.residual_scale == 1.0 or not spec.post_norms, "no class has both"
         self.spec = spec
         self.mixer_norm = norm()
         self.mixer = make_mixer(
@@ -43,8 +44,15 @@ class DecoderLayer(nn.Module):
         self.ffn_post_norm = norm() if spec.post_norms else None
 
     def forward(self, x_RD: Tensor, ops: Ops, step: StepInputs) -> Tensor:
+        return self.feed(self.mix(x_RD, ops, step), ops)
+
+    def mix(self, x_RD: Tensor, ops: Ops, step: StepInputs) -> Tensor:
+        """The stream behind the first sublayer."""
         mixed = self.mixer.mix(x_RD, self.mixer_norm, ops, step)
-        x_RD = self._add(x_RD, mixed, self.mixer.out, self.mixer_post_norm, ops)
+        return self._add(x_RD, mixed, self.mixer.out, self.mixer_post_norm, ops)
+
+    def feed(self, x_RD: Tensor, ops: Ops) -> Tensor:
+        """The stream behind the second."""
         hidden = self.ffn.hidden(x_RD, self.ffn_norm, ops)
         return self._add(x_RD, hidden, self.ffn.out, self.ffn_post_norm, ops)
 
@@ -115,8 +123,25 @@ class Decoder(nn.Module):
 
     def forward(self, step: StepInputs, ops: Ops) -> Tensor:
         """Logits float32 [L, V] of ``step.logit_rows``; the caches gain the step's rows."""
-        x_RD = ops.embed(step, self._table, self.spec.embed_scale)
+        return self.logits(self.states(step, ops), step, ops)
+
+    def embed(self, step: StepInputs, ops: Ops) -> Tensor:
+        """What enters the first layer, float32 [R, D]."""
+        return ops.embed(step, self._table, self.spec.embed_scale)
+
+    def states(self, step: StepInputs, ops: Ops) -> Tensor:
+        """What leaves the last layer, float32 [R, D]; the caches gain the step's rows."""
+        x_RD = self.embed(step, ops)
         for layer in self.layers:
             x_RD = layer(x_RD, ops, step)
+        return x_RD
+
+    def logits(self, x_RD: Tensor, step: StepInputs, ops: Ops) -> Tensor:
+        """Logits float32 [L, V] of what left the last layer."""
         logits = ops.logits(x_RD, self._head, self.norm, self.spec.logit_softcap, step)
         return logits if self.spec.logit_scale == 1.0 else logits * self.spec.logit_scale
+
+    @property
+    def head(self) -> Linear:
+        """The output matrix: the embedding table where they are tied."""
+        return self.embed_tokens if self.spec.tie_embeddings else self.lm_head

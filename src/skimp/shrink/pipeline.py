@@ -1,8 +1,9 @@
 """A recipe run over a model, unit by unit: resumable, bit-identical however often it is killed.
 
 Work is kept in a hidden directory beside the output: a journal, the units that the last two steps
-wrote, and the calibration activations that enter the next unit. The finished checkpoint is
-written there too and renamed to the output, so that the output is whole whenever it is there.
+wrote, the last two saves of a whole step, and the calibration activations that enter the next unit.
+The finished checkpoint is written there too and renamed to the output, so that the output is whole
+whenever it is there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,26 +20,46 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-import skimp
-from skimp.errors import CheckpointError, ShrinkError, SkimpError, shown
+from skimp.errors import CheckpointError, ShrinkError, SkimpError
 from skimp.model import families
-from skimp.model.loading import CONFIG_FILE, Stored, empty_decoder, load_spec, load_stored
-from skimp.model.manifest import MANIFEST_FILE, SHRINK_FILE, file_sha256, read_manifest
+from skimp.model.checkpoint import read_json
+from skimp.model.loading import empty_decoder, load_spec, load_stored
+from skimp.model.manifest import MANIFEST_FILE, SHRINK_FILE, read_manifest
 from skimp.model.saving import SHARD_BYTES, save_checkpoint, sync_directory
 from skimp.model.spec import ModelSpec
+from skimp.shrink.curve import CURVE
+from skimp.shrink.job import (
+    Job,
+    check_files,
+    check_same,
+    identity,
+    key_of,
+    reproducible,
+    without_times,
+)
 from skimp.shrink.journal import JOURNAL, Journal, WorkDirectory
 from skimp.shrink.recipe import Recipe
-from skimp.shrink.step import Need, Run, Step, Unit, calibration_dtype, unit_names
+from skimp.shrink.step import (
+    Need,
+    Run,
+    Saved,
+    Step,
+    Unit,
+    Whole,
+    WholeStep,
+    calibration_dtype,
+    unit_names,
+)
 from skimp.shrink.text import IMPRINT, Imprint
 from skimp.shrink.units import (
     CheckpointSource,
     OnDemand,
     Source,
     UnitFiles,
-    calibration_hash,
     check_file,
     read_file,
     read_unit,
+    unit_of,
     write_file,
 )
 
@@ -46,47 +67,18 @@ RECIPE_FILE: Final = "recipe.yaml"
 FINISHED: Final = "output"  # in the work directory
 Progress = Callable[[int, int], None]
 
-# What a run depends on, in words for the person whose second run differs from the first.
-DEPENDS: Final = {
-    "skimp": "skimp version",
-    "torch": "torch version",
-    "isa": "instruction set",
-    "model": "model",
-    "recipe": "recipe",
-    "calibration": "calibration text",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A recipe that fits a model. ``specs`` has the model's and, after it, what each step is
-    planned to make of it."""
-
-    directory: Path
-    recipe: Recipe
-    stored: Stored
-    specs: tuple[ModelSpec, ...]
-    needs: tuple[Need, ...]
-
-    @property
-    def calibrated(self) -> bool:
-        return any(need.calibration for need in self.needs)
-
-    @property
-    def visits(self) -> int:
-        """Units to be gone through, over all passes."""
-        return sum(need.passes for need in self.needs) * len(unit_names(self.specs[0]))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """``resumed`` counts units that an earlier run had finished."""
+    """``resumed`` counts units that an earlier run had finished. ``curves``: what whole steps
+    recorded, by step."""
 
     output: Path
     spec: ModelSpec
     notes: tuple[str, ...]
     visits: int
     resumed: int
+    curves: tuple[tuple[Mapping[str, Any], ...], ...] = ()
 
 
 def prepare(directory: Path | str, recipe: Recipe) -> Job:
@@ -97,7 +89,7 @@ def prepare(directory: Path | str, recipe: Recipe) -> Job:
     specs, needs = [spec], []
     for number, step in enumerate(recipe.steps, 1):
         try:
-            needs.append(step.need(specs[-1]))
+            needs.append(_need(step, specs[-1], spec))
             specs.append(step.planned_spec(specs[-1]))
             families.to_config(specs[-1])
         except SkimpError as error:
@@ -107,6 +99,12 @@ def prepare(directory: Path | str, recipe: Recipe) -> Job:
     )
 
 
+def _need(step: Step | WholeStep, spec: ModelSpec, original: ModelSpec) -> Need:
+    if isinstance(step, WholeStep):
+        return step.need_beside(spec, original)
+    return step.need(spec)
+
+
 def shrink(
     job: Job,
     output: Path | str,
@@ -114,11 +112,13 @@ def shrink(
     tokens: Tensor | None = None,
     restart: bool = False,
     progress: Progress = lambda done, total: None,
+    tell: Callable[[str], None] = lambda text: None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Outcome:
     """Run a job, or go on with one that was killed, and return what came out.
 
-    ``tokens`` int64 [samples, T] are needed if the job is calibrated. The same arguments on the
+    ``tokens`` int64 [samples, T] are needed if the job is calibrated; ``tell`` is told how a whole
+    step goes. The same arguments on the
     same kind of machine give the same files, bit for bit, whether or not runs were killed on the
     way. Raises ShrinkError if ``output`` is taken, being written by another process, or half made
     from something else (which ``restart`` throws away).
@@ -131,7 +131,8 @@ def shrink(
     work = WorkDirectory(output)
     if taken and not work.path.exists():
         raise ShrinkError(f"{output}: exists already and is not an empty directory")
-    run = _identity(job, tokens if job.calibrated else None)
+    run = identity(job, tokens if job.calibrated else None)
+    check_files(job)
     with work:
         if taken or (output.exists() and any(output.iterdir())):
             if not _made_by(output, run):
@@ -147,13 +148,13 @@ def shrink(
                         shutil.rmtree(entry)
                 journal.start({**run, "threads": torch.get_num_threads()})
             assert journal.run is not None
-            _check_same(journal.run, run, output)
-            with _reproducible(journal.run["threads"]):
-                result = _Pipeline(job, work.path, journal, tokens, progress).run()
+            check_same(journal.run, run, output)
+            with reproducible(journal.run["threads"]):
+                result = _Pipeline(job, work.path, journal, tokens, progress, tell).run()
             resumed = result.resumed
             read = Imprint.of(tokens) if tokens is not None and job.calibrated else None
-            _write(job, work.path, output, journal, result, _key(run), read, shard_bytes)
-        progress(job.visits + 1, job.visits + 1)
+            _write(job, work.path, output, journal, result, key_of(run), read, shard_bytes)
+        progress(job.ticks + 1, job.ticks + 1)
         work.remove()
     notes = [note for notes in result.notes for note in notes]
     return Outcome(
@@ -162,6 +163,7 @@ def shrink(
         notes=tuple(dict.fromkeys(notes)),
         visits=job.visits,
         resumed=resumed,
+        curves=tuple(tuple(rows) for rows in result.curves if rows),
     )
 
 
@@ -173,38 +175,71 @@ class _Result:
     source: Source
     spec: ModelSpec
     notes: list[list[str]] = field(default_factory=list)  # of each step
+    curves: list[list[dict[str, Any]]] = field(default_factory=list)  # likewise
     resumed: int = 0
 
 
 class _Pipeline:
     def __init__(
-        self, job: Job, work: Path, journal: Journal, tokens: Tensor | None, progress: Progress
+        self,
+        job: Job,
+        work: Path,
+        journal: Journal,
+        tokens: Tensor | None,
+        progress: Progress,
+        tell: Callable[[str], None],
     ) -> None:
         self._job, self._work, self._journal = job, work, journal
-        self._tokens, self._progress = tokens, progress
+        self._tokens, self._progress, self._tell = tokens, progress, tell
         self._done = list(journal.entries)  # by earlier runs
-        self._visited = 0
+        self._read = 0  # of them
+        self._ticks = 0
 
     def run(self) -> _Result:
-        result = _Result(source=CheckpointSource(self._job.stored), spec=self._job.specs[0])
-        result.resumed = len(self._done)
+        original = CheckpointSource(self._job.stored)
+        result = _Result(source=original, spec=self._job.specs[0])
+        result.resumed = sum("unit" in entry for entry in self._done)
         for number, step in enumerate(self._job.recipe.steps):
-            need = step.need(result.spec)
+            need = _need(step, result.spec, self._job.specs[0])
             files = UnitFiles(self._folder(number))
             files.folder.mkdir(exist_ok=True)
             state: dict[str, Any] = {}
             notes: list[str] = []
-            for index in range(need.passes):
-                last = index == need.passes - 1
-                state = self._pass(
-                    number, step, need, index, last, result.spec, result.source, files, state, notes
-                )
+            curve: list[dict[str, Any]] = []
+            if isinstance(step, WholeStep):
+                self._whole(number, step, need, result, original, files, notes, curve)
+            else:
+                for index in range(need.passes):
+                    last = index == need.passes - 1
+                    spec, source = result.spec, result.source
+                    state = self._pass(
+                        number, step, need, index, last, spec, source, files, state, notes
+                    )
             result.notes.append(notes)
+            result.curves.append(curve)
             result.spec = step.output_spec(result.spec, state)
             result.source = files
             if number > 0:
                 shutil.rmtree(self._folder(number - 1), ignore_errors=True)
         return result
+
+    def _tick(self, count: int = 1) -> None:
+        self._ticks += count
+        self._progress(self._ticks, self._job.ticks + 1)
+
+    def _earlier(self, at: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What an earlier run journaled of this place; None from where it was killed."""
+        if self._read == len(self._done):
+            return None
+        entry = self._done[self._read]
+        if {key: entry.get(key) for key in at} != at:
+            raise ShrinkError(f"{self._journal.path}: units are not in order")
+        self._read += 1
+        return entry
+
+    def _seed(self, *place: int) -> int:
+        text = " ".join(str(part) for part in (self._job.recipe.seed, *place))
+        return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
 
     def _folder(self, step: int) -> Path:
         return self._work / f"step-{step + 1:02}"
@@ -226,10 +261,9 @@ class _Pipeline:
         hidden: Tensor | None = None
         for position, name in enumerate(unit_names(spec)):
             at = {"step": number, "pass": index, "unit": position}
-            if self._visited < len(self._done):
-                entry = self._done[self._visited]
-                if {key: entry.get(key) for key in at} != at:
-                    raise ShrinkError(f"{self._journal.path}: units are not in order")
+            earlier = self._earlier(at)
+            if earlier is not None:
+                entry = earlier
                 state = entry.get("state", state)
                 hidden = self._again(entry, files)
             else:
@@ -247,9 +281,8 @@ class _Pipeline:
                     tensors=read_unit(source, name),
                     table=source.read("embed_tokens.weight") if tied else None,
                 )
-                seed = f"{self._job.recipe.seed} {number} {index} {position}"
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(int(hashlib.sha256(seed.encode()).hexdigest()[:15], 16))
+                    torch.manual_seed(self._seed(number, index, position))
                     found = step.visit(unit, run)
                 assert (found.tensors is not None) == last, f"{step.kind}: pass {index} {name}"
                 entry = {**at, "notes": run.notes}
@@ -264,9 +297,91 @@ class _Pipeline:
                 self._journal.add(entry)
                 del unit, found
             notes += entry["notes"]
-            self._visited += 1
-            self._progress(self._visited, self._job.visits + 1)
+            self._tick()
         return state
+
+    def _whole(
+        self,
+        number: int,
+        step: WholeStep,
+        need: Need,
+        result: _Result,
+        original: Source,
+        files: UnitFiles,
+        notes: list[str],
+        curve: list[dict[str, Any]],
+    ) -> None:
+        """A whole step: its saves, then its units."""
+        before = self._ticks
+        last: dict[str, Any] | None = None
+        while self._read < len(self._done) and "save" in self._done[self._read]:
+            last = self._earlier({"step": number, "save": 0 if last is None else last["save"] + 1})
+            assert last is not None
+            curve += last["rows"]
+        names = unit_names(result.spec)
+        if len(self._done) - self._read < len(names):  # not all of its units are there
+            whole = self._handed(number, step, result, original, files, last, curve, before)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed(number))
+                tensors = step.work(whole)
+        self._ticks = before
+        self._tick(need.ticks)
+        for position, name in enumerate(names):
+            at = {"step": number, "pass": 0, "unit": position}
+            entry = self._earlier(at)
+            if entry is not None:
+                self._again(entry, files)
+            else:
+                entry = {**at, "notes": whole.notes if position == 0 else []}
+                own = {n: tensors[n] for n in tensors if unit_of(n) == name}
+                entry["sha256"], entry["formats"] = files.write(position, own)
+                self._journal.add(entry)
+            notes += entry["notes"]
+            self._tick()
+
+    def _handed(
+        self,
+        number: int,
+        step: WholeStep,
+        result: _Result,
+        original: Source,
+        files: UnitFiles,
+        last: Mapping[str, Any] | None,
+        curve: list[dict[str, Any]],
+        before: int,
+    ) -> Whole:
+        saved, count = None, 0
+        if last is not None:
+            count, path = last["save"] + 1, _save_slot(files.folder, last["save"])
+            check_file(path, last["sha256"])
+            saved = Saved(state=last["state"], tensors=read_file(path))
+
+        def save(
+            state: Mapping[str, Any], tensors: Mapping[str, Tensor], rows: list[dict[str, Any]]
+        ) -> None:
+            nonlocal count
+            digest = write_file(_save_slot(files.folder, count), tensors)
+            entry = {"step": number, "save": count, "sha256": digest, "state": state, "rows": rows}
+            self._journal.add(json.loads(json.dumps(entry)))
+            curve.extend(rows)
+            count += 1
+
+        def progress(done: int, text: str) -> None:
+            self._tell(f"{step.kind}: {text}")
+            self._tick(before + done - self._ticks)
+
+        return Whole(
+            spec=result.spec,
+            tensors=OnDemand(result.source),
+            original=self._job.specs[0],
+            original_tensors=OnDemand(original),
+            directory=self._job.directory,
+            seed=self._seed(number),
+            saved=saved,
+            rows=list(curve),
+            save=save,
+            progress=progress,
+        )
 
     def _again(self, entry: Mapping[str, Any], files: UnitFiles) -> Tensor | None:
         """Take over a unit of an earlier run; the activations if the next unit needs them."""
@@ -283,6 +398,8 @@ class _Pipeline:
 
     def _step_is_over(self) -> bool:
         last = self._done[-1]
+        if "save" in last:
+            return False
         units = len(unit_names(self._job.specs[0]))
         passes = self._job.needs[last["step"]].passes
         return last["pass"] == passes - 1 and last["unit"] == units - 1
@@ -290,6 +407,11 @@ class _Pipeline:
     def _slot(self, unit: int) -> Path:
         """Two slots, so that writing what leaves a unit spares what entered it."""
         return self._work / f"hidden-{unit % 2}.safetensors"
+
+
+def _save_slot(folder: Path, save: int) -> Path:
+    """Two slots, so that writing a save spares the one before."""
+    return folder / f"save-{save % 2}.safetensors"
 
 
 # ---- the output -------------------------------------------------------------------------------
@@ -310,14 +432,15 @@ def _write(
         if entry.name == FINISHED or entry.name.startswith(f".{FINISHED}."):
             shutil.rmtree(entry)
     assert journal.run is not None
-    run = {**journal.run, "model": _without_times(journal.run["model"])}
+    run = {**journal.run, "model": without_times(journal.run["model"])}
     steps = [
         {"step": step.kind, "lossy": step.lossy, "notes": list(dict.fromkeys(notes))}
         for step, notes in zip(job.recipe.steps, result.notes)
     ]
     kept = ("step", "pass", "unit", "sha256", "hidden")
-    units = [{k: entry[k] for k in kept if k in entry} for entry in journal.entries]
-    account = {"run": run, "steps": steps, "units": units}
+    units = [{k: e[k] for k in kept if k in e} for e in journal.entries if "unit" in e]
+    told = [{**s, CURVE: curve} if curve else s for s, curve in zip(steps, result.curves)]
+    account = {"run": run, "steps": told, "units": units}
     if read is not None:
         account[IMPRINT] = read.as_dict()
     save_checkpoint(
@@ -343,92 +466,19 @@ def _made_by(output: Path, run: Mapping[str, Any]) -> bool:
     if not (output / MANIFEST_FILE).exists():
         return False
     try:
-        return bool(read_manifest(output)["about"].get("run") == _key(run))
+        return bool(read_manifest(output)["about"].get("run") == key_of(run))
     except CheckpointError:
         return False
 
 
 def _finished(job: Job, output: Path) -> Outcome:
-    about = read_manifest(output)["about"]
-    notes = [note for step in about["steps"] for note in step["notes"]]
+    steps = read_json(output / SHRINK_FILE)["steps"]
+    notes = [note for step in steps for note in step["notes"]]
     return Outcome(
         output=output,
         spec=load_spec(output),
         notes=tuple(dict.fromkeys(notes)),
         visits=job.visits,
         resumed=job.visits,
+        curves=tuple(tuple(step[CURVE]) for step in steps if CURVE in step),
     )
-
-
-# ---- what a run is ----------------------------------------------------------------------------
-
-
-def _identity(job: Job, tokens: Tensor | None) -> dict[str, Any]:
-    """Everything the output depends on but the number of threads, which a run keeps."""
-    run = {
-        "skimp": skimp.__version__,
-        "torch": torch.__version__,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "model": _model_identity(job),
-        "recipe": job.recipe.as_dict(),
-        "calibration": calibration_hash(tokens),
-    }
-    return dict(json.loads(json.dumps(run)))
-
-
-def _model_identity(job: Job) -> dict[str, Any]:
-    """Config and headers by hash, data by size and time of change: hashing it would take long."""
-    places = [*job.stored.dense.values()]
-    places += [place for parts in job.stored.parts.values() for place in parts.values()]
-    files = {}
-    for path in sorted({place.file for place in places}):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        status = path.stat()
-        files[path.name] = {
-            "size": status.st_size,
-            "header": file_sha256(path, 0, 8 + length),
-            "time": status.st_mtime_ns,
-        }
-    return {"config": file_sha256(job.directory / CONFIG_FILE), "files": files}
-
-
-def _without_times(model: Mapping[str, Any]) -> dict[str, Any]:
-    files = {
-        name: {key: value for key, value in entry.items() if key != "time"}
-        for name, entry in model["files"].items()
-    }
-    return {"config": model["config"], "files": files}
-
-
-def _key(run: Mapping[str, Any]) -> str:
-    text = json.dumps({**run, "model": _without_times(run["model"])}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], output: Path) -> None:
-    for key, words in DEPENDS.items():
-        if before.get(key) == now[key]:
-            continue
-        pair = ""
-        if isinstance(now[key], str) and len(now[key]) < 32:
-            pair = f" ({shown(before.get(key))}, now {shown(now[key])})"
-        raise ShrinkError(
-            f"{output}: an unfinished run is there, and its {words} differs{pair}; give the same "
-            "again, or begin anew with --restart"
-        )
-
-
-@contextlib.contextmanager
-def _reproducible(threads: int) -> Iterator[None]:
-    """Sums split among as many threads as when the run began, by algorithms that repeat."""
-    before = torch.get_num_threads()
-    strict = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)

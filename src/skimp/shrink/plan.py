@@ -14,7 +14,7 @@ from skimp.cost.work import item_bytes
 from skimp.model.caches import cache_specs
 from skimp.model.loading import parameter_shapes
 from skimp.model.spec import ModelSpec
-from skimp.shrink.pipeline import Job
+from skimp.shrink.job import Job
 from skimp.shrink.units import unit_of
 
 OPEN: Final = "to be chosen"
@@ -43,6 +43,7 @@ class PlannedStep:
     calibration: bool
     after: Size
     choices: str = ""  # what formats there are to choose from once the model is measured
+    work: str = ""  # of a step that trains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def plan_job(job: Job, calibration_tokens: int = 0) -> Plan:
             calibration=need.calibration,
             after=size,
             choices=need.choices,
+            work=need.work,
         )
         for step, need, size in zip(job.recipe.steps, job.needs, sizes[1:])
     )
@@ -90,8 +92,9 @@ def plan_job(job: Job, calibration_tokens: int = 0) -> Plan:
         memory, kept = max(memory, units + need.extra_bytes + hidden), max(kept, hidden)
     # While a step runs its input is there too, if a step wrote it; then the output beside it.
     written = [0, *(size.disk_bytes for size in sizes[1:])]
-    pairs = [a + b for a, b in pairwise(written)]
-    disk = max(*pairs, written[-2] + 2 * written[-1]) + kept
+    pairs = [a + b + need.disk_bytes for (a, b), need in zip(pairwise(written), job.needs)]
+    last = job.needs[-1].disk_bytes
+    disk = max(*pairs, written[-2] + 2 * written[-1] + last) + kept
     return Plan(
         before=sizes[0],
         steps=steps,

@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from skimp.errors import ShrinkError, shown
-from skimp.shrink.step import Step
+from skimp.shrink.step import Step, WholeStep
 
 STEPS: Final[Mapping[str, str]] = {
     "quantize": "skimp.shrink.quantize:Quantize",
@@ -28,6 +28,7 @@ STEPS: Final[Mapping[str, str]] = {
     "rotate": "skimp.shrink.rotate:Rotate",
     "cache": "skimp.shrink.cache:Cache",
     "mla": "skimp.shrink.mla:Mla",
+    "heal": "skimp.shrink.heal:Heal",
 }
 MAX_BYTES: Final = 1 << 16
 MAX_STEPS: Final = 64
@@ -66,7 +67,7 @@ class Recipe:
 
     name: str
     text: str
-    steps: tuple[Step, ...]
+    steps: tuple[Step | WholeStep, ...]
     calibration: Calibration
     seed: int
 
@@ -119,7 +120,9 @@ def parse_recipe(text: str, name: str, folder: Path, registry: Mapping[str, str]
         raise ShrinkError(f"{where}: must hold at least one step")
     if len(value) > MAX_STEPS:
         raise ShrinkError(f"{where}: {len(value)} steps, more than {MAX_STEPS}")
-    steps = tuple(_step(item, f"{name}: step {i}", registry) for i, item in enumerate(value, 1))
+    steps = tuple(
+        _step(item, f"{name}: step {i}", registry, folder) for i, item in enumerate(value, 1)
+    )
     found = _validate(_Settings, settings, name)
     return Recipe(
         name=name,
@@ -144,7 +147,7 @@ def _resolved(calibration: Calibration, name: str, folder: Path) -> Calibration:
     return calibration
 
 
-def _step(item: Any, where: str, registry: Mapping[str, str]) -> Step:
+def _step(item: Any, where: str, registry: Mapping[str, str], folder: Path) -> Step | WholeStep:
     known = ", ".join(registry)
     if isinstance(item, str):
         item = {item: None}
@@ -164,7 +167,13 @@ def _step(item: Any, where: str, registry: Mapping[str, str]) -> Step:
     module, _, name = registry[kind].partition(":")
     model = getattr(importlib.import_module(module), name)
     _check_plain(fields or {}, where)
-    return cast(Step, _validate(model, fields or {}, where))
+    step = _validate(model, fields or {}, where)
+    if not isinstance(step, WholeStep):
+        return cast(Step, step)
+    try:
+        return step.located(folder)
+    except ValueError as error:
+        raise ShrinkError(f"{where}: {error}") from None
 
 
 def _validate(model: Any, fields: dict[str, Any], where: str) -> Any:

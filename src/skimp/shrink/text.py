@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -37,9 +37,10 @@ def default_text() -> Path:
 def calibration_ids(calibration: Calibration, tokenizer: Tokenizer) -> list[int]:
     """All tokens of the text or, in file order, of the conversations."""
     if calibration.chat is not None:
-        return _chat_ids(Path(calibration.chat), tokenizer)
+        chats = chat_documents(Path(calibration.chat), tokenizer, "calibration")
+        return [token for chat in chats for token in chat]
     path = default_text() if calibration.text is None else Path(calibration.text)
-    return tokenizer.encode(_read(path), add_special=False)
+    return tokenizer.encode(read_text(path, "calibration"), add_special=False)
 
 
 def samples(ids: Sequence[int], calibration: Calibration, seed: int, begin: int | None) -> Tensor:
@@ -186,34 +187,34 @@ def _thinned(counts: Counter[int], size: int) -> Counter[int]:
 # ---- files ------------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path, field: str) -> str:
+    """A text file; ShrinkError, which says that ``field`` named it, if it is none."""
     try:
         if path.stat().st_size > MAX_TEXT:
-            raise ShrinkError(f"calibration: {path}: more than {MAX_TEXT:,} bytes")
+            raise ShrinkError(f"{field}: {path}: more than {MAX_TEXT:,} bytes")
         return path.read_bytes().decode("utf-8")
     except OSError as error:
-        raise ShrinkError(f"calibration: {path}: {error.strerror}") from None
+        raise ShrinkError(f"{field}: {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ShrinkError(f"calibration: {path}: not UTF-8 at byte {error.start}") from None
+        raise ShrinkError(f"{field}: {path}: not UTF-8 at byte {error.start}") from None
 
 
-def _chat_ids(path: Path, tokenizer: Tokenizer) -> list[int]:
+def chat_documents(path: Path, tokenizer: Tokenizer, field: str) -> Iterator[list[int]]:
+    """Token ids of each conversation of a file with a JSON object with ``messages`` a line."""
     from skimp.errors import SkimpError
     from skimp.text.chat import encode_chat, template_for
 
     template = template_for(tokenizer)
-    ids: list[int] = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, field).split("\n"), 1):
         if not line.strip():
             continue
         try:
             value: Any = json.loads(line)
             messages = value["messages"] if isinstance(value, dict) else value
-            ids += encode_chat(tokenizer, template, messages, add_generation_prompt=False)
+            yield encode_chat(tokenizer, template, messages, add_generation_prompt=False)
         except KeyError:
-            raise ShrinkError(f"calibration: {path}: line {number}: messages: missing") from None
+            raise ShrinkError(f"{field}: {path}: line {number}: messages: missing") from None
         except SkimpError as error:
-            raise ShrinkError(f"calibration: {path}: line {number}: {error}") from None
+            raise ShrinkError(f"{field}: {path}: line {number}: {error}") from None
         except (ValueError, RecursionError) as error:
-            raise ShrinkError(f"calibration: {path}: line {number}: not JSON: {error}") from None
-    return ids
+            raise ShrinkError(f"{field}: {path}: line {number}: not JSON: {error}") from None

@@ -75,11 +75,13 @@ def require_charts() -> None:
 def write_html(price: Price, file: Path) -> None:
     """Write the page. Raises OptionError where matplotlib is missing."""
     require_charts()
-    charts = (
+    charts = [
         ("Loss against gain", _loss_chart),
         ("Predicted and achieved gain", _gain_chart),
         ("Bytes read for a token", _bytes_chart),
-    )
+    ]
+    if any(row.healing for row in price.rows):
+        charts.append(("Healing", _healing_chart))
     names = ", ".join(row.name for row in price.rows)
     page = _PAGE.format(
         title=escape(f"{price.base.name} against {names}"),
@@ -187,6 +189,17 @@ def _bytes_chart(axes: Any, price: Price) -> None:
     axes.barh(places, weights, 0.6, label="weights, batch 1")
     axes.barh(places, cache, 0.6, left=weights, label=f"cache of {case.context} tokens")
     axes.set(xlabel="MB")
+    _legend(axes)
+
+
+def _healing_chart(axes: Any, price: Price) -> None:
+    """A colour a model, as in the chart of losses."""
+    for index, row in enumerate(price.rows):
+        for curve in row.healing:
+            tokens, kls = zip(*curve)
+            axes.plot(tokens, kls, color=f"C{index % 10}", marker=".", label=_short(row.name))
+    axes.set(xlabel="tokens trained on", ylabel="held-out KL to the original, nats/token")
+    axes.set_ylim(bottom=0.0)
     _legend(axes)
 
 
