@@ -27,6 +27,8 @@ STEPS: Final[Mapping[str, str]] = {
     "smooth": "skimp.shrink.smooth:Smooth",
     "rotate": "skimp.shrink.rotate:Rotate",
     "cache": "skimp.shrink.cache:Cache",
+    "gqa": "skimp.shrink.gqa:Gqa",
+    "local": "skimp.shrink.local:Local",
 }
 MAX_BYTES: Final = 1 << 16
 MAX_STEPS: Final = 64
