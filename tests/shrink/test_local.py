@@ -169,7 +169,11 @@ def test_patterns() -> None:
 )
 def test_other_families(family: str, fields: Any, target: str) -> None:
     spec = spec_of(family, **fields)
-    step = Local(window=9, global_layers=[i for i, w in enumerate(windows(spec)) if w is None][:1])
+    step = Local(
+        window=9,
+        insist=family == "gemma2",
+        global_layers=[i for i, w in enumerate(windows(spec)) if w is None][:1],
+    )
     step.need(spec)
     planned = step.planned_spec(spec)
     assert planned.family == target and windows(planned).count(9) == 4

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from skimp.errors import ShrinkError
-from skimp.shrink.fold import gain, narrow, require_dense, wide
+from skimp.shrink.fold import dense, gain, narrow, require_dense, wide
 from skimp.shrink.step import Axis, Need, UnitResult
 
 if TYPE_CHECKING:
@@ -63,15 +63,13 @@ class Gqa(BaseModel):
         counts = {(layer.mixer.num_heads, layer.mixer.num_kv_heads) for layer in spec.layers}
         if len(counts) > 1:
             raise ShrinkError("kv_heads: layers of this model have different numbers of heads")
-        ((heads, present),) = counts
+        ((_, present),) = counts
         if self.kv_heads > present:
             raise ShrinkError(f"kv_heads: {self.kv_heads} is more than the {present} there are")
         if present % self.kv_heads:
             raise ShrinkError(
                 f"kv_heads: {self.kv_heads} groups of equal size cannot be made of {present} heads"
             )
-        if heads % self.kv_heads:
-            raise ShrinkError(f"kv_heads: {heads} query heads are no multiple of {self.kv_heads}")
         if self._nothing(spec):
             return Need()
         layer = max(spec.hidden_size * 2 * (m.mixer.q_dim + m.mixer.kv_dim) for m in spec.layers)
@@ -173,7 +171,7 @@ class Gqa(BaseModel):
 
         assert unit.layer is not None
         name = f"{unit.name}.mixer.o_proj.weight"
-        own, new = (_float64(tensors[name]) for tensors in (unit.tensors, out))
+        own, new = (dense(tensors)[name].double() for tensors in (unit.tensors, out))
         before = LayerRunner(unit.spec, unit.layer, unit.tensors)
         after = LayerRunner(self.planned_spec(unit.spec), unit.layer, out)
         moment = torch.zeros(new.shape[1], new.shape[1], dtype=torch.float64)
@@ -187,7 +185,7 @@ class Gqa(BaseModel):
             return out
         moment.diagonal().add_(ridge)
         new += torch.cholesky_solve(missing.T, torch.linalg.cholesky(moment)).T
-        return {**out, name: new.to(_dense(out[name]).dtype)}
+        return {**out, name: new.to(dense(out)[name].dtype)}
 
 
 def _attended(runner: LayerRunner, sample: Tensor) -> Tensor:
@@ -195,14 +193,3 @@ def _attended(runner: LayerRunner, sample: Tensor) -> Tensor:
     seen: dict[str, Tensor] = {}
     runner.watch(sample, "mixer.o_proj", seen.__setitem__)
     return seen["mixer.o_proj"].double()
-
-
-def _dense(tensor: Any) -> Tensor:
-    from skimp.formats.weight import QuantizedWeight
-
-    assert not isinstance(tensor, QuantizedWeight)
-    return tensor
-
-
-def _float64(tensor: Any) -> Tensor:
-    return _dense(tensor).double()

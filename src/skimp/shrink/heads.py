@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Method = Literal["joint", "aligned"]
 TINY: Final = 1e-300
+FAINT: Final = 1e-12  # of the greatest weight, the least that a head has
 RANK_TOLERANCE: Final = 1e-7  # of a root's greatest singular value, below which it reads nothing
 
 
@@ -250,7 +251,9 @@ class Merger:
         weight = self.signals.queries_PG[:, at]
         if not self.weighted:
             weight = torch.ones_like(weight)
-        weight = weight.clamp(min=TINY)
+        # A head that asks next to nothing still has to be told what it would be told.
+        least = FAINT * weight.amax(1, keepdim=True)
+        weight = weight.maximum(least).clamp(min=TINY)
         if self.norm is None and self.method == "joint":
             return _shared_pairs(gram, weight)
         power = gram.diagonal(dim1=1, dim2=2).real

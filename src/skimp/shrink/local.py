@@ -33,9 +33,13 @@ GLOBAL: Final = "local_global"  # the layers that stay global
 TEXTS: Final = 4  # samples of the text that travel for each layer
 PROMPTS: Final = 12  # prompts that do
 ROWS: Final = 256  # positions whose distributions are in memory at once
-# Classes in which layers may differ, and engines honour it (or, of qwen's, do not).
-OWN: Final = ("cwm", "gemma2", "gemma3_text")
-IGNORED: Final = ("qwen2", "qwen3")
+OWN: Final = ("cwm", "gemma3_text")  # classes in which layers may differ, and engines honour it
+_QWEN: Final = "vLLM refuses it where layers differ, and SGLang ignores it and runs full attention"
+UNHEEDED: Final[Mapping[str, str]] = {
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
+    "gemma2": "whether vLLM and SGLang read the layer_types of this class was not checked",
+}
 Index = Annotated[int, Field(ge=0)]
 
 
@@ -78,11 +82,10 @@ class Local(BaseModel):
             return Need()
         planned = self.planned_spec(spec)
         self._check_windows(spec)
-        if planned.family in IGNORED and not self.insist:
+        if planned.family in UNHEEDED and not self.insist:
             raise ShrinkError(
-                f"target: {planned.family} with windows is refused by vLLM where layers differ and "
-                "ignored by SGLang, which would run full attention; set insist to true for "
-                "transformers and skimp alone"
+                f"target: {planned.family} with windows: {UNHEEDED[planned.family]}; set insist to "
+                "true to write it for transformers and skimp"
             )
         self._check_target(spec, planned)
         if not self._measures(spec):
@@ -98,7 +101,7 @@ class Local(BaseModel):
             passes=2,
             calibration=True,
             extra_bytes=max(2 * 4 * layer, head),
-            # As many of the longest sample there can be: what is looked at is as long as samples.
+            # Of samples of twice the window, the shortest that will do.
             extra_tokens=streams * (TEXTS + PROMPTS) * min(spec.max_positions, 2 * self.window),
         )
 
@@ -156,7 +159,7 @@ class Local(BaseModel):
         if self.target != "auto":
             return self.target
         family = changed.family
-        if family in (*OWN, *IGNORED):
+        if family in (*OWN, *UNHEEDED):
             return family
         mixed = any(layer.mixer.window is None for layer in changed.layers)
         return "cwm" if mixed else "mistral"
@@ -206,13 +209,16 @@ class Local(BaseModel):
             run.note(f"local: a window of {self.window} changes nothing here")
             return
         out = self.output_spec(spec, run.state)
-        served = {
-            "cwm": "vLLM, transformers and skimp serve it; SGLang has no such class",
-            "qwen2": "transformers and skimp serve it; other engines refuse or ignore its windows",
-            "qwen3": "transformers and skimp serve it; other engines refuse or ignore its windows",
-        }
-        if out.family in served:
-            run.note(f"local: written as {out.family}: {served[out.family]}")
+        if out.family == "cwm":
+            run.note(
+                "local: written as cwm: transformers, vLLM and skimp serve it, SGLang has no such "
+                "class"
+            )
+        elif out.family in UNHEEDED:
+            run.note(
+                f"local: written as {out.family}: transformers and skimp serve it; "
+                f"{UNHEEDED[out.family]}"
+            )
 
     def _look(self, unit: Unit, run: Run) -> Tensor | None:
         """Streams of activations [1 + layers surveyed, rows, T, D], as samples: the model as it is,
