@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from meter_models import Bytes, noisy_decoder, plain_logits, tiny_engine
 
 from skimp.meter.retrieval import (
     CANDIDATES,
     DEPTHS,
+    TAIL,
     Retrieval,
     hidden,
     run_retrieval,
@@ -28,6 +30,8 @@ def test_what_is_hidden_is_where_it_should_be() -> None:
     assert len(body) == 45 and body[-2:] == [9, 9]
     assert body[:10] == FILLER[490:] and body[10] == 3 and body[41:43] == [1, 2]
     assert body[11:41] == FILLER[:30]
+    tailed = hidden(FILLER, [[1, 2]], [1.0], [9], 33, start=0, tail=20)
+    assert tailed[10:12] == [1, 2] and tailed[12:32] == FILLER[10:30]
     with pytest.raises(ValueError, match="retrieval: 5 tokens"):
         hidden(FILLER, [[1, 2], [3]], [0.5, 0.5], [9, 9], 5, start=0)
 
@@ -45,6 +49,8 @@ def test_probes_in_words(keys: int) -> None:
         options = [Bytes().decode(list(c)) for c in probe.candidates]
         question = text.rpartition(".")[2]
         assert text.count(f"{question}{options[probe.label]}") == 2
+        near = Bytes().decode([t for t in probe.near[1:] if t <= 256])
+        assert near == question and len(probe.near) == 1 + TAIL + len(words(question))
         assert [text.count(option) for option in options] == [2] * keys + [0] * (8 - keys)
     parts = np.bincount([int(p.depth * DEPTHS) for p in probes])
     assert parts.tolist() == [6] * DEPTHS
@@ -75,26 +81,25 @@ def test_scores_are_those_of_single_forwards() -> None:
 
     filler = words(SEPARATOR.sub("", _filler()))
     probes = text_probes(words, filler, context=160, keys=2, items=6, begin=0, seed=5)
-    right, own = [], []
+    right, likeliest, own = [], [], []
     for probe in probes:
-        sums = []
-        for value in probe.candidates:
-            rows = plain_logits(noisy_decoder(), [*probe.prompt, *value]).log_softmax(-1)
-            picked = rows[len(probe.prompt) - 1 : -1].gather(1, _column(value))
-            sums.append(float(picked.sum()))
-        right.append(float(np.argmax(sums) == probe.label))
-        own.append(sums[probe.label])
+        sums = np.array([logprob(probe.prompt, value) for value in probe.candidates])
+        gains = sums - [logprob(probe.near, value) for value in probe.candidates]
+        right.append(float(gains.argmax() == probe.label))
+        likeliest.append(float(sums.argmax() == probe.label))
+        own.append(gains[probe.label])
     assert results[1].outcomes["accuracy"] == tuple(right)
-    np.testing.assert_allclose(results[1].outcomes["logprob"], own, atol=1e-2)
+    assert results[1].outcomes["likeliest"] == tuple(likeliest)
+    np.testing.assert_allclose(results[1].outcomes["gain"], own, atol=1e-2)
     assert results[1].scores["accuracy"].chance == 1 / CANDIDATES
     assert sum(part.n for part in results[1].groups["depth"].values()) == 6
     assert results[1].as_dict()["context"] == 160
 
 
-def _column(value: tuple[int, ...]) -> object:
-    import torch
-
-    return torch.tensor(value)[:, None]
+def logprob(prompt: tuple[int, ...], value: tuple[int, ...]) -> float:
+    rows = plain_logits(noisy_decoder(), [*prompt, *value]).log_softmax(-1)
+    picked = rows[len(prompt) - 1 : -1].gather(1, torch.tensor(value)[:, None])
+    return float(picked.sum())
 
 
 def test_refusals() -> None:

@@ -1,11 +1,13 @@
 """Retrieval: whether a model still finds what was said once, far back.
 
-A prompt hides pairs of a key and a value in filler text and ends with one of the keys; the model is
-right if of the candidate values the pair's own is the most probable to follow. Each pair stands
-there twice in a row ("Clara lantern; Clara lantern."), so that even a small model takes it for
-something to be repeated: what is asked is to look back and copy, and no wording has to be
-understood. One hidden pair is a *needle*; with several keys the values of the others are among the
-candidates, so that recency alone does not answer.
+A prompt hides pairs of a key and a value in filler text and ends with one of the keys. Of the
+candidate values the pair's own should follow, and the model is right if that one's probability
+gains most from the whole prompt over its last few tokens alone: which of the words is likelier
+anyway, as a word, says nothing of memory (Holtzman et al. 2021). Each pair stands there twice in a
+row ("Clara lantern; Clara lantern."), so that even a small model takes it for something to be
+repeated: what is asked is to look back and copy, and no wording has to be understood. One hidden
+pair is a *needle*; with several keys the values of the others are among the candidates, so that
+recency alone does not answer.
 
 Everything follows from the seed and the tokenizer; lengths are in tokens.
 """
@@ -39,6 +41,7 @@ CANDIDATES: Final = 8
 MANY: Final = 4  # keys of a prompt with several
 LEAST_CONTEXT: Final = 96  # so that pairs and question leave room for filler
 DEPTHS: Final = 4  # parts of the context in which needles are hidden equally often
+TAIL: Final = 24  # tokens before the question in which nothing is hidden: what is near
 COMMON, RARE = 0.6, 0.95  # of the text's tokens, from the most frequent: what pairs are drawn from
 
 
@@ -65,10 +68,11 @@ class Retrieval:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A prompt, and the token sequences that may follow it, of which ``label`` is right. ``depth``:
-    where the pair lies that is asked for, 0 the beginning, 1 the end."""
+    """A prompt, its end (``near``), and the token sequences that may follow, of which ``label`` is
+    right. ``depth``: where the pair lies that is asked for, 0 the beginning, 1 the end."""
 
     prompt: tuple[int, ...]
+    near: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
     label: int
     depth: float
@@ -81,14 +85,16 @@ def hidden(
     question: Sequence[int],
     length: int,
     start: int,
+    tail: int = 0,
 ) -> list[int]:
     """``length`` tokens: filler from ``start`` on (the text's end is followed by its beginning)
-    with each needle at its depth (of the filler, 0 to 1), then the question. Raises ValueError if
-    there is no room for them."""
+    with each needle at its depth (0 to 1 of the filler but its last ``tail`` tokens), then the
+    question. Raises ValueError if there is no room for them."""
     room = length - len(question) - sum(map(len, needles))
-    if room < 1 or not filler:
+    if room <= tail or not filler:
         raise ValueError(f"retrieval: {length} tokens hold no filler beside the pairs")
     text = [filler[(start + i) % len(filler)] for i in range(room)]
+    room -= tail
     found: list[int] = []
     done = 0
     for at, needle in sorted(
@@ -122,10 +128,11 @@ def text_probes(
         needles = [encode(PAIR.format(key=k, value=v)) for k, v in zip(names, values)]
         question = encode(f" {names[label]}")
         start = rng.randrange(len(filler)) if filler else 0
-        body = hidden(filler, needles, depths, question, context - len(frame), start)
+        body = hidden(filler, needles, depths, question, context - len(frame), start, TAIL)
         found.append(
             Probe(
                 prompt=(*frame, *body),
+                near=(*frame, *body[-TAIL - len(question) :]),
                 candidates=tuple(tuple(encode(f" {value}")) for value in values),
                 label=label,
                 depth=depths[label],
@@ -159,6 +166,7 @@ def token_probes(
         found.append(
             Probe(
                 prompt=(first, *body),
+                near=(first, one, two),
                 candidates=tuple((value,) for value in values),
                 label=label,
                 depth=depth,
@@ -174,10 +182,11 @@ def run_retrieval(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[TaskResult]:
-    """A result for each context and number of keys. ``accuracy``: of the candidates the right value
-    has the greatest log-probability (a tie is a miss); ``logprob``: the mean natural
-    log-probability of the right value. ``groups`` parts the items by depth. Raises ValueError if a
-    context does not fit the engine."""
+    """A result for each context and number of keys. ``accuracy``: of the candidates, the right
+    value's log-probability gains most over that behind the prompt's end alone; ``likeliest``: it is
+    the greatest as it stands (a tie is a miss); ``gain``: the right value's mean gain, in nats.
+    ``groups`` parts the accuracy by depth. Raises ValueError if a context does not fit the engine.
+    """
     from skimp.meter.tasks import TaskResult
 
     found = []
@@ -187,12 +196,12 @@ def run_retrieval(
             if progress is not None:
                 progress(name)
             probes = _probes(engine, context, keys, asked.items, seed)
-            sums = _scores(engine, probes)
-            right = [
-                one.index(max(one)) == p.label and one.count(max(one)) == 1
-                for one, p in zip(sums, probes)
-            ]
-            own = [one[p.label] for one, p in zip(sums, probes)]
+            sums = _scores(engine, probes, [probe.prompt for probe in probes])
+            near = _scores(engine, probes, [probe.near for probe in probes])
+            gains = [[a - b for a, b in zip(*pair)] for pair in zip(sums, near)]
+            right = [_is_greatest(one, p.label) for one, p in zip(gains, probes)]
+            likeliest = [_is_greatest(one, p.label) for one, p in zip(sums, probes)]
+            own = [one[p.label] for one, p in zip(gains, probes)]
             parts: dict[str, list[bool]] = {}
             for probe, outcome in zip(probes, right):
                 part = min(DEPTHS - 1, int(probe.depth * DEPTHS))
@@ -204,8 +213,16 @@ def run_retrieval(
                     name=name,
                     kind="retrieval",
                     n=len(probes),
-                    scores={"accuracy": share(right, chance), "logprob": mean(own, seed=seed)},
-                    outcomes={"accuracy": tuple(map(float, right)), "logprob": tuple(own)},
+                    scores={
+                        "accuracy": share(right, chance),
+                        "likeliest": share(likeliest, chance),
+                        "gain": mean(own, seed=seed),
+                    },
+                    outcomes={
+                        "accuracy": tuple(map(float, right)),
+                        "likeliest": tuple(map(float, likeliest)),
+                        "gain": tuple(own),
+                    },
                     groups={"depth": {k: share(v, chance) for k, v in sorted(parts.items())}},
                     notes={"context": context, "keys": keys},
                 )
@@ -248,13 +265,20 @@ def _filler() -> str:
     return packaged.read_text(encoding="utf-8")
 
 
-def _scores(engine: Engine, probes: Sequence[Probe]) -> list[list[float]]:
-    """Summed log-probabilities of each probe's candidates."""
+def _is_greatest(values: Sequence[float], index: int) -> bool:
+    """A tie is none."""
+    return all(value < values[index] for i, value in enumerate(values) if i != index)
+
+
+def _scores(
+    engine: Engine, probes: Sequence[Probe], prompts: Sequence[tuple[int, ...]]
+) -> list[list[float]]:
+    """Summed log-probabilities of each probe's candidates behind a prompt."""
     from skimp.meter.continuations import Continuation, score_continuations
 
     flat = [
-        Continuation(tokens=(*probe.prompt, *value), start=len(probe.prompt), cut=False)
-        for probe in probes
+        Continuation(tokens=(*prompt, *value), start=len(prompt), cut=False)
+        for probe, prompt in zip(probes, prompts)
         for value in probe.candidates
     ]
     found = iter(score_continuations(engine, flat))
