@@ -93,6 +93,38 @@ def test_tasks_are_held_against_the_base(
         assert refused.exit_code == 2 and named in refused.stderr
 
 
+def test_retrieval_stands_beside_the_tasks(
+    skimp, model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    markdown = tmp_path / "price.md"
+    common = (
+        "price", model_dir, f"{model_dir}@page_tokens=32", "--text", text, "--context", "16",
+        "--new-tokens", 2, "--rounds", 1,
+    )  # fmt: skip
+    done = skimp(
+        *common, "--retrieval", "200,220", "--retrieval-items", 2, "--json", "--markdown", markdown
+    )
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    names = [f"{kind} at {n}" for n in (200, 220) for kind in ("needle", "4 keys")]
+    for each in (found["base"], found["rows"][0]):
+        assert [t["task"] for t in each["tasks"]] == names
+        assert all(t["n"] == 2 and t["kind"] == "retrieval" for t in each["tasks"])
+    own, base = (
+        each["tasks"][1]["scores"]["accuracy"] for each in (found["rows"][0], found["base"])
+    )
+    assert own["difference"] == 0 and own["ci95"] == base["ci95"] and base["chance"] == 0.125
+    shown = markdown.read_text()
+    assert "needle at 200: accuracy" in shown and "chance 0.125" in shown
+    for wrong, named in (
+        (["--retrieval", "50"], "retrieval: contexts of at least 96"),
+        (["--retrieval", "256"], "retrieval: 256 tokens and an answer"),
+        (["--retrieval-items", "5"], "retrieval_items: needs --retrieval"),
+    ):
+        refused = skimp(*common, *wrong)
+        assert refused.exit_code == 2 and named in refused.stderr
+
+
 @pytest.mark.parametrize("others", [1, 3])
 def test_models_that_do_not_fit_together_take_turns_with_the_base(
     skimp, model_dir: Path, text: Path, others: int, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,13 @@ ROOT = Path(__file__).parents[2]
 Q = "- quantize: "
 
 MALFORMED = [
+    ("- gqa", "step 1 (gqa): kv_heads: missing"),
+    ("- gqa: {kv_heads: '2'}", "step 1 (gqa): kv_heads: Input should be a valid integer"),
+    ("- gqa: {kv_heads: 2, method: mean, refit: true}", "step 1 (gqa): refit: method mean"),
+    ("- local: {window: 8}", "step 1 (local): global_layers: missing"),
+    ("- local: {window: 8, global_layers: every4}", "step 1 (local): global_layers:"),
+    ("- local: {window: 8, global_layers: [1, -2]}", "step 1 (local): global_layers"),
+    ("- local: {window: 8, global_layers: [1], choose: measured}", "choose: global_layers says"),
     ("", "must be a list of steps"),
     ("[]", "at least one step"),
     ("int8", "must be a list of steps"),

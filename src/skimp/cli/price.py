@@ -15,6 +15,7 @@ from skimp.cli import tasks as asking
 if TYPE_CHECKING:
     from skimp.engine.options import EngineOptions
     from skimp.meter.price import Price
+    from skimp.meter.retrieval import Retrieval
     from skimp.meter.speed import Case
     from skimp.model.spec import ModelSpec
 
@@ -61,6 +62,16 @@ def price(
     template: asking.Template = None,
     stop: asking.Stop = None,
     chat: asking.Chat = False,
+    retrieval: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Ask for pairs hidden in so many tokens: 256,1k; repeatable.",
+            metavar="N[,N...]",
+        ),
+    ] = None,
+    retrieval_items: Annotated[
+        str | None, typer.Option(help="Prompts of each kind and length; 64.", metavar="N")
+    ] = None,
     new_tokens: Annotated[
         int, typer.Option(help="Steps a round, of which the later half is timed.", metavar="N")
     ] = 48,
@@ -83,14 +94,15 @@ def price(
 
     The loss is bits per byte above the base's on the same text; a row whose 95 % interval holds
     zero is inside the noise. Tasks (see skimp eval) are asked of every model, and their scores
-    compared item by item. Speed is measured in rounds that go through all models in turn, all
-    loaded at once if memory holds them.
+    compared item by item; --retrieval asks for what was said once, far back. Speed is measured in
+    rounds that go through all models in turn, all loaded at once if memory holds them.
 
     \b
     Examples:
       skimp price tales ./tales-int4
       skimp price ./model ./int8 ./int4 --batch 1,8,32 --html price.html
       skimp price ./model ./int4 --task blimp.jsonl.xz --max-items 2000 --markdown price.md
+      skimp price ./model ./local --retrieval 512,1k
     """
     from skimp.cli.evaluate import read_text
     from skimp.cli.models import model_spec
@@ -99,6 +111,7 @@ def price(
     from skimp.meter.price import Price
     from skimp.meter.report import as_markdown, as_text, write_html
     from skimp.meter.report.html import require_charts
+    from skimp.meter.retrieval import Retrieval
     from skimp.meter.speed import Case
 
     batches = opt.parse_counts(batch or ["1"], "batch")
@@ -119,6 +132,14 @@ def price(
         stop=stop,
         chat=chat,
     )
+    hidden = None
+    if retrieval is not None:
+        hidden = Retrieval(
+            contexts=tuple(opt.parse_counts(retrieval, "retrieval")),
+            items=opt.parse_count(retrieval_items or "64", "retrieval_items"),
+        )
+    else:
+        asking.refuse("needs --retrieval", retrieval_items=retrieval_items)
     content = read_text(text)
     if html is not None:
         require_charts()
@@ -127,7 +148,7 @@ def price(
         "device": device,
         "threads": threads,
         "backend": backend,
-        "max_batch": max(asking.BATCH if task else 2, *batches),
+        "max_batch": max(asking.BATCH if task or hidden else 2, *batches),
     }
     entries = []
     for name in [base, *outs]:
@@ -144,6 +165,11 @@ def price(
                 f"context: {max(contexts)} and {new_tokens} new tokens do not fit the "
                 f"{positions} positions of {model}"
             )
+        if hidden is not None and max(hidden.contexts) >= positions:
+            raise ValueError(
+                f"retrieval: {max(hidden.contexts)} tokens and an answer do not fit the "
+                f"{positions} positions of {model}"
+            )
         entries.append(entry)
     if longest is None:
         longest = min(e.options.max_context or e.spec.max_positions for e in entries) - 1
@@ -157,6 +183,7 @@ def price(
                     content,
                     cases,
                     asked,
+                    hidden,
                     {"rounds": rounds, "context": longest, "max_bytes": limit, "seed": seed},
                     progress,
                 )
@@ -214,6 +241,7 @@ def _price(
     content: str,
     cases: list[Case],
     asked: asking.Asked,
+    hidden: Retrieval | None,
     options: dict[str, Any],
     progress: Callable[[str], None],
 ) -> Price:
@@ -249,6 +277,7 @@ def _price(
         hardware,
         tasks=asked.tasks,
         generation=asked.generation,
+        retrieval=hidden,
         progress=progress,
         **options,
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from skimp.cost import Hardware, step_cost, uniform
 from skimp.meter.divergence import Comparison, compare_all
 from skimp.meter.quality import QualityResult
+from skimp.meter.retrieval import Retrieval, run_retrieval
 from skimp.meter.score import Score
 from skimp.meter.speed import Case, SpeedResult, bench_together
 from skimp.meter.taskfiles import Task
@@ -159,10 +160,12 @@ def price(
     max_bytes: int | None = None,
     tasks: Sequence[Task] = (),
     generation: Generation | None = None,
+    retrieval: Retrieval | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Price:
     """Measure ``candidates``, the base first, each on the machine as its engine uses it.
+    ``retrieval`` is asked behind the tasks.
 
     Raises ValueError if models cannot be compared or a case does not fit.
     """
@@ -188,6 +191,12 @@ def price(
         for task in tasks:
             tell(f"{candidate.name}: {task.name}")
             results.append(run_task(candidate.engine, task, generation=generation, seed=seed))
+        if retrieval is not None:
+
+            def ask(line: str, name: str = candidate.name) -> None:
+                tell(f"{name}: {line}")
+
+            results += run_retrieval(candidate.engine, retrieval, seed=seed, progress=ask)
         asked.append(results)
     speed = bench_together(
         [base, *others], cases, hardware, rounds=rounds, seed=seed, progress=progress

@@ -27,7 +27,9 @@ STEPS: Final[Mapping[str, str]] = {
     "smooth": "skimp.shrink.smooth:Smooth",
     "rotate": "skimp.shrink.rotate:Rotate",
     "cache": "skimp.shrink.cache:Cache",
+    "gqa": "skimp.shrink.gqa:Gqa",
     "mla": "skimp.shrink.mla:Mla",
+    "local": "skimp.shrink.local:Local",
     "heal": "skimp.shrink.heal:Heal",
 }
 MAX_BYTES: Final = 1 << 16
