@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from skimp.errors import ShrinkError
-from skimp.shrink.fold import dense, gain, narrow, require_attention, require_dense, wide
+from skimp.shrink.fold import gain, narrow, require_attention, require_dense, wide
 from skimp.shrink.step import Axis, Need, UnitResult
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from skimp.model.spec import ModelSpec
-    from skimp.shrink.capture import LayerRunner
     from skimp.shrink.heads import Heads
     from skimp.shrink.step import Run, Tensors, Unit
 
-RIDGE: Final = 0.03  # of the inputs' mean square, which keeps the output matrix near where it was
 MEASURED_ONLY: Final = ("group", "weights", "refit")
 
 
@@ -92,6 +90,7 @@ class Gqa(BaseModel):
 
     def visit(self, unit: Unit, run: Run) -> UnitResult:
         from skimp.shrink.capture import LayerRunner, embedded
+        from skimp.shrink.refit import refitted
 
         if self._nothing(unit.spec):
             return UnitResult(tensors=unit.tensors)
@@ -106,7 +105,7 @@ class Gqa(BaseModel):
         assert run.hidden is not None
         out = self._merged(unit, run)
         if self.refit:
-            out = self._refitted(unit, out, run.hidden)
+            out = refitted(unit, out, self.planned_spec(unit.spec), run.hidden)
         after = LayerRunner(self.planned_spec(unit.spec), unit.layer, out)
         return UnitResult(tensors=out, hidden=after.forward(run.hidden))
 
@@ -160,35 +159,3 @@ class Gqa(BaseModel):
     @staticmethod
     def _with(unit: Unit, tensors: dict[str, Tensor], heads: Heads) -> Tensors:
         return narrow(unit, {**tensors, **heads.tensors()})
-
-    def _refitted(self, unit: Unit, out: Tensors, hidden: Tensor) -> Tensors:
-        """The output matrix W' that brings what merged heads give nearest to what the layer's own
-        heads gave: least squares of W x - W' x', with a ridge towards where W' is."""
-        import torch
-
-        from skimp.shrink.capture import LayerRunner
-
-        assert unit.layer is not None
-        name = f"{unit.name}.mixer.o_proj.weight"
-        own, new = (dense(tensors)[name].double() for tensors in (unit.tensors, out))
-        before = LayerRunner(unit.spec, unit.layer, unit.tensors)
-        after = LayerRunner(self.planned_spec(unit.spec), unit.layer, out)
-        moment = torch.zeros(new.shape[1], new.shape[1], dtype=torch.float64)
-        missing = torch.zeros_like(new)
-        for sample in hidden.split(1):
-            x, y = (_attended(runner, sample) for runner in (before, after))
-            moment += y.T @ y
-            missing += (x @ own.T - y @ new.T).T @ y
-        ridge = RIDGE * moment.diagonal().mean()
-        if not ridge > 0:
-            return out
-        moment.diagonal().add_(ridge)
-        new += torch.cholesky_solve(missing.T, torch.linalg.cholesky(moment)).T
-        return {**out, name: new.to(dense(out)[name].dtype)}
-
-
-def _attended(runner: LayerRunner, sample: Tensor) -> Tensor:
-    """What the output matrix of a layer is given for a sample, float64 [T, q_dim]."""
-    seen: dict[str, Tensor] = {}
-    runner.watch(sample, "mixer.o_proj", seen.__setitem__)
-    return seen["mixer.o_proj"].double()

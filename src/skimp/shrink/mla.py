@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from skimp.model.spec import ModelSpec
     from skimp.shrink.latents import Heads, Split
-    from skimp.shrink.step import Run, Unit
+    from skimp.shrink.step import Run, Tensors, Unit
 
 LATENT_EPS: Final = 1e-6
 LEFT: Final = 1e-6  # the most that is left of a latent's mean square beside epsilon
@@ -44,8 +44,10 @@ class Mla(BaseModel):
     (both of all KV heads). ``fold`` neighbouring frequencies are taken for one; ``auto`` tries
     some on the calibration text, for each layer. ``method``: ``pca`` finds the latent that loses
     least on the calibration text with keys and values balanced, ``svd`` the one that loses least
-    of the matrices. ``keep_norm_eps``: leave the other norms' epsilon as it is where it is not
-    1e-6; then only engines that give the latent's norm its own read the result rightly."""
+    of the matrices. ``refit``: the output projection is fitted to what the layer gave before, by
+    least squares on the calibration text. ``keep_norm_eps``: leave the other norms' epsilon as it
+    is where it is not 1e-6; then only engines that give the latent's norm its own read the result
+    rightly."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: ClassVar[str] = "mla"
@@ -56,6 +58,7 @@ class Mla(BaseModel):
     rope: int = Field(default=64, ge=2)
     fold: int | Literal["auto"] = "auto"
     method: Literal["pca", "svd"] = "pca"
+    refit: bool = True
     keep_norm_eps: bool = False
 
     def need(self, spec: ModelSpec) -> Need:
@@ -140,6 +143,7 @@ class Mla(BaseModel):
 
     def visit(self, unit: Unit, run: Run) -> UnitResult:
         from skimp.shrink.capture import LayerRunner, embedded
+        from skimp.shrink.refit import refitted
 
         if run.tokens is None:
             raise ShrinkError("calibration: mla measures activations and needs a text")
@@ -151,9 +155,11 @@ class Mla(BaseModel):
             return UnitResult(tensors=unit.tensors, hidden=hidden)
         assert run.hidden is not None
         made = self.planned_spec(unit.spec)
-        tensors, layer = self._converted(unit, run, made)
+        tensors, line = self._converted(unit, run, made)
+        if self.refit:
+            tensors = refitted(unit, tensors, made, run.hidden)
         hidden = LayerRunner(made, unit.layer, tensors).forward(run.hidden)
-        run.note(layer)
+        run.note(line)
         return UnitResult(tensors=tensors, hidden=hidden)
 
     def _note_eps(self, spec: ModelSpec, run: Run) -> None:
@@ -171,7 +177,7 @@ class Mla(BaseModel):
                 "because vLLM and SGLang have one for all"
             )
 
-    def _converted(self, unit: Unit, run: Run, made: ModelSpec) -> tuple[dict[str, Tensor], str]:
+    def _converted(self, unit: Unit, run: Run, made: ModelSpec) -> tuple[Tensors, str]:
         """The layer in the spec ``made``, and a line on how."""
         from skimp.shrink.capture import LayerRunner
         from skimp.shrink.latents import Heads, split_keys
