@@ -76,7 +76,7 @@ def test_scores_are_those_of_single_forwards() -> None:
     results = run_retrieval(engine, asked, seed=5)
     assert [r.name for r in results] == ["needle at 160", "2 keys at 160"]
     assert results == run_retrieval(engine, asked, seed=5)
-    from skimp.meter.quality import SEPARATOR
+    from skimp.text.documents import SEPARATOR
     from skimp.meter.retrieval import _filler
 
     filler = words(SEPARATOR.sub("", _filler()))

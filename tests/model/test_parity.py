@@ -314,7 +314,7 @@ def backends(directory: Any) -> list[str]:
     return ["plain"] if missing else ["plain", "native"]
 
 
-@pytest.mark.filterwarnings("ignore:.*dynamic.*")
+@pytest.mark.filterwarnings("ignore:.*(dynamic|draft).*")
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case: str, make_oracle: Any, tools: Any) -> None:
     oracle = make_oracle(BASE | CASES[case])
@@ -328,7 +328,7 @@ def test_logits_equal_transformers(case: str, make_oracle: Any, tools: Any) -> N
             assert tools.distance(ours, expected) < TOLERANCE, (backend, chunks)
 
 
-@pytest.mark.filterwarnings("ignore:.*dynamic.*")
+@pytest.mark.filterwarnings("ignore:.*(dynamic|draft).*")
 @pytest.mark.parametrize("case", CASES)
 def test_written_config_means_the_same(case: str, make_oracle: Any, tmp_path: Any) -> None:
     """transformers' config → spec → our config → transformers: every field is as it was."""
