@@ -76,8 +76,8 @@ def test_scores_are_those_of_single_forwards() -> None:
     results = run_retrieval(engine, asked, seed=5)
     assert [r.name for r in results] == ["needle at 160", "2 keys at 160"]
     assert results == run_retrieval(engine, asked, seed=5)
-    from skimp.text.documents import SEPARATOR
     from skimp.meter.retrieval import _filler
+    from skimp.text.documents import SEPARATOR
 
     filler = words(SEPARATOR.sub("", _filler()))
     probes = text_probes(words, filler, context=160, keys=2, items=6, begin=0, seed=5)
