@@ -205,6 +205,40 @@ def test_plan_of_a_model_on_this_machine(skimp, model_dir: Path) -> None:
     assert "Memory: weights" in result.stdout
 
 
+def test_info_and_plan_of_latents_and_experts(skimp, tmp_path: Path) -> None:
+    """Every command that describes a model knows every kind of layer."""
+    config = {
+        "model_type": "deepseek_v3",
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 24,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "max_position_embeddings": 256,
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    found = one_object(skimp("info", file, "--json"))
+    assert found["mixers"] == {"4 heads, latents of 24 + 8, the whole past": 3}
+    assert found["cache_bytes_per_token"] == 3 * (24 + 8) * 4
+    assert "latents of 24 + 8" in skimp("info", file).stdout
+    planned = one_object(skimp("plan", file, "--hardware", "h100", "--json"))
+    refused = {s["name"] for s in planned["shortcuts"] if "not_applicable" in s}
+    assert {"GQA", "MLA", "local/global"} <= refused
+
+
 def test_info(skimp, model_dir: Path, config_file: Path) -> None:
     found = one_object(skimp("info", model_dir, "--json"))
     assert found["parameters"] == 260 * 32 + 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 64) + 32

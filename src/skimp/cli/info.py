@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from skimp.cli import options as opt
+
+if TYPE_CHECKING:
+    from skimp.model.spec import ModelSpec
 
 
 def info(
@@ -32,7 +35,7 @@ def info(
         _print(found)
 
 
-def describe(name: str, spec: Any, dtype: str) -> dict[str, Any]:
+def describe(name: str, spec: ModelSpec, dtype: str) -> dict[str, Any]:
     """Everything that is printed, as JSON."""
     import torch
 
@@ -42,7 +45,7 @@ def describe(name: str, spec: Any, dtype: str) -> dict[str, Any]:
     from skimp.kernels import native
     from skimp.kernels.native.library import library
     from skimp.meter.work import spec_work
-    from skimp.model.spec import GatedFFNSpec
+    from skimp.model.spec import GatedFFNSpec, LatentAttentionSpec
 
     chosen = EngineOptions(dtype=dtype).dtype  # type: ignore[arg-type]
     stored = "float32" if spec.dtype == "float16" else spec.dtype
@@ -51,7 +54,11 @@ def describe(name: str, spec: Any, dtype: str) -> dict[str, Any]:
     for layer in spec.layers:
         m = layer.mixer
         reach = "the whole past" if m.window is None else f"a window of {m.window}"
-        kind = f"{m.num_heads} heads, {m.num_kv_heads} KV heads of {m.head_dim}, {reach}"
+        if isinstance(m, LatentAttentionSpec):
+            keys = f"latents of {m.latent_dim} + {m.rope_dim}"
+        else:
+            keys = f"{m.num_kv_heads} KV heads of {m.head_dim}"
+        kind = f"{m.num_heads} heads, {keys}, {reach}"
         mixers[kind] = mixers.get(kind, 0) + 1
     widths: set[int] = set()
     experts: dict[str, int] = {}

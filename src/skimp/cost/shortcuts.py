@@ -266,6 +266,8 @@ def _latent(spec: ModelSpec, work: ModelWork) -> tuple[str, ModelWork]:
 
 
 def _windows(work: ModelWork, window: int, every: int) -> tuple[str, ModelWork]:
+    if any(m.cache.kind == "latent" for m in work.mixers):
+        raise _NoGain("no class has windows of latents")
     mixers = [
         replace(m, cache=replace(m.cache, horizon=window))
         if (i + 1) % every and m.cache.horizon is None
