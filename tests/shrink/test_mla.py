@@ -152,8 +152,11 @@ def test_transformers_loads_it(tmp_path: Path, dtype: str) -> None:
         theirs = model(torch.tensor([TOKENS])).logits[0]
     wide = {name: t.float() for name, t in tensors.items()}
     assert apart(theirs, logits(decoder_of(made, wide), TOKENS)) < 1e-4
+    # vLLM's class has an output matrix of its own, and so has the file.
+    assert not made.tie_embeddings and "lm_head.weight" in tensors
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["first_k_dense_replace"] == 2 and config["rms_norm_eps"] == 1e-6
+    assert config["tie_word_embeddings"] is False and config["num_nextn_predict_layers"] == 0
     assert families.to_spec(config) == made
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from skimp.errors import ShrinkError
 from skimp.model.spec import AttentionSpec, LatentAttentionSpec, RopeSpec
-from skimp.shrink.fold import largest_layer, narrow, require_attention, require_dense, wide
+from skimp.shrink.fold import dense, largest_layer, narrow, require_attention, require_dense, wide
 from skimp.shrink.step import Axis, Need, UnitResult
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class Mla(BaseModel):
             spec,
             family="deepseek_v3",
             layers=layers,
+            tie_embeddings=False,  # vLLM's class has an output matrix of its own
             norm_eps=spec.norm_eps if self.keep_norm_eps else LATENT_EPS,
         )
 
@@ -152,7 +153,7 @@ class Mla(BaseModel):
             hidden = embedded(unit.spec, unit.tensors, run.tokens) if table else None
             if table:
                 self._note_eps(unit.spec, run)
-            return UnitResult(tensors=unit.tensors, hidden=hidden)
+            return UnitResult(tensors=self._untied(unit, run), hidden=hidden)
         assert run.hidden is not None
         made = self.planned_spec(unit.spec)
         tensors, line = self._converted(unit, run, made)
@@ -161,6 +162,13 @@ class Mla(BaseModel):
         hidden = LayerRunner(made, unit.layer, tensors).forward(run.hidden)
         run.note(line)
         return UnitResult(tensors=tensors, hidden=hidden)
+
+    def _untied(self, unit: Unit, run: Run) -> Tensors:
+        if unit.table is None:
+            return unit.tensors
+        table = dense({"table": unit.table})["table"]
+        run.note(f"mla: the tied table becomes two, {table.nbytes:,} bytes more on disk")
+        return {**unit.tensors, "lm_head.weight": table}
 
     def _note_eps(self, spec: ModelSpec, run: Run) -> None:
         if spec.norm_eps == LATENT_EPS:

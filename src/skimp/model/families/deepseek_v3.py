@@ -59,4 +59,6 @@ def to_config(spec: ModelSpec) -> dict[str, Any]:
     config = latent.write(spec, "DeepseekV3ForCausalLM")
     config["rope_interleave"] = latent.interleaved(spec)
     config |= deepseek.write_ffns(spec)
+    if not any(name in config for name in deepseek.DRAFT_FIELDS):
+        config["num_nextn_predict_layers"] = 0  # one, unless it is said
     return common.checked(config, spec, to_spec)
