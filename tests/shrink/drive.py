@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from skimp.decoding.params import SamplingParams
+from skimp.engine import Engine, EngineOptions
 from skimp.kernels.ops import StepInputs
 from skimp.kernels.plain import PlainOps
 from skimp.model.decoder import Decoder
-from skimp.model.loading import assign, empty_decoder
+from skimp.model.loading import assign, empty_decoder, load_decoder
 from skimp.model.spec import ModelSpec
 from skimp.shrink.step import Run, Step, Unit, unit_names
 
@@ -80,6 +83,19 @@ def logits(decoder: Decoder, tokens: list[int]) -> Tensor:
     ops = PlainOps()
     with torch.no_grad():
         return decoder.bind(ops, max_positions=count)(step, ops)
+
+
+def greedy_agrees(model: Any, directory: Path, prompt: list[int], count: int = 16) -> bool:
+    """Whether our engine and a transformers model of the same checkpoint say the same."""
+    options = EngineOptions(dtype="float32", max_context=len(prompt) + count, threads=1)
+    engine = Engine(load_decoder(directory), None, options)
+    params = SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
+    ours = engine.generate([prompt], params)[0].outputs[0].token_ids
+    theirs = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            theirs.append(int(model(torch.tensor([theirs])).logits[0, -1].argmax()))
+    return ours == theirs[len(prompt) :]
 
 
 def apart(a: Tensor, b: Tensor) -> float:

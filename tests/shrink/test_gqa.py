@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from shrink.drive import apart, decoder_of, logits, named, run_step, spec_like, varied
+from shrink.drive import (
+    apart,
+    decoder_of,
+    greedy_agrees,
+    logits,
+    named,
+    run_step,
+    spec_like,
+    varied,
+)
 from shrink.runs import run as run_recipe
 from tiny_models import tiny_decoder, tiny_spec
 from torch import Tensor
@@ -246,6 +255,7 @@ def test_transformers_agrees(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(TOKENS[:1]).logits[0]
     assert apart(expected, logits(load_decoder(out), TEXT)) < 1e-4
+    assert greedy_agrees(model, out, TEXT)
 
 
 def test_refusals() -> None:

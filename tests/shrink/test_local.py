@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from shrink.drive import apart, decoder_of, logits, named, run_step, spec_like, varied
+from shrink.drive import (
+    apart,
+    decoder_of,
+    greedy_agrees,
+    logits,
+    named,
+    run_step,
+    spec_like,
+    varied,
+)
 from shrink.runs import run as run_recipe
 from tiny_models import tiny_decoder, tiny_spec
 
@@ -81,6 +90,7 @@ def test_transformers_agrees_beyond_the_window(given: Any, stay: list[int], tmp_
         expected = model(torch.tensor([IDS])).logits[0]
     mine, before = logits(load_decoder(done.output), IDS), logits(load_decoder(source), IDS)
     assert apart(expected, mine) < 1e-4
+    assert greedy_agrees(model, done.output, IDS)
     assert apart(before[:WINDOW], mine[:WINDOW]) < 1e-4
     assert apart(before[WINDOW], mine[WINDOW]) > 1e-2
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from shrink.drive import apart, decoder_of, logits, named, run_step, varied
+from shrink.drive import apart, decoder_of, greedy_agrees, logits, named, run_step, varied
 from tiny_models import VOCAB, tiny_decoder, tiny_spec
 
 from skimp.errors import ShrinkError
@@ -152,6 +152,8 @@ def test_transformers_loads_it(tmp_path: Path, dtype: str) -> None:
         theirs = model(torch.tensor([TOKENS])).logits[0]
     wide = {name: t.float() for name, t in tensors.items()}
     assert apart(theirs, logits(decoder_of(made, wide), TOKENS)) < 1e-4
+    if dtype == "float32":
+        assert greedy_agrees(model, tmp_path / "out", TOKENS)
     # vLLM's class has an output matrix of its own, and so has the file.
     assert not made.tie_embeddings and "lm_head.weight" in tensors
     config = json.loads((tmp_path / "out" / "config.json").read_text())
