@@ -376,12 +376,12 @@ class NativeOps:
         return out
 
     def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Any:
-        raise NotImplementedError("see lacks()")
+        raise NotImplementedError("the native kernels have no latent attention")
 
     def latent_attention(
         self, queries: Tensor, latents: Tensor, heads: Any, params: LatentParams, step: StepInputs
     ) -> Tensor:
-        raise NotImplementedError("see lacks()")
+        raise NotImplementedError("the native kernels have no latent attention")
 
     def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
         program = self.program
