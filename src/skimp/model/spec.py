@@ -7,14 +7,15 @@ converters) reads the spec and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from skimp.formats.weight import WeightFormat
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 Shape = tuple[int, int]  # in_features, out_features
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +286,18 @@ class LayerSpec:
         """Numbers in norms, biases and sinks."""
         norms = hidden_size * (4 if self.post_norms else 2)
         return norms + sum(p.vector_numbers(hidden_size) for p in (self.mixer, self.ffn))
+
+
+def all_of(
+    kind: type[Part], parts: Iterable[object], refuse: Callable[[int], Exception]
+) -> tuple[Part, ...]:
+    """One part of each layer. Raises ``refuse(layer)`` at the first that is not of ``kind``."""
+    found = []
+    for layer, part in enumerate(parts):
+        if not isinstance(part, kind):
+            raise refuse(layer)
+        found.append(part)
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)

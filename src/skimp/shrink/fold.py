@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from skimp.errors import ShrinkError
 from skimp.formats.weight import QuantizedWeight
-from skimp.model.spec import AttentionSpec, GatedFFNSpec
+from skimp.model.spec import AttentionSpec, GatedFFNSpec, all_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,26 +37,18 @@ def require_dense(spec: ModelSpec, kind: str) -> None:
 
 def require_attention(spec: ModelSpec, kind: str) -> tuple[AttentionSpec, ...]:
     """Each layer's mixer. Raises ShrinkError unless all have keys and values of heads."""
-    found = []
-    for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, AttentionSpec):
-            raise ShrinkError(
-                f"{kind}: layer {index} has latent attention, which {kind} cannot take"
-            )
-        found.append(layer.mixer)
-    return tuple(found)
+    mixers = (layer.mixer for layer in spec.layers)
+    return all_of(AttentionSpec, mixers, lambda i: _cannot(kind, i, "has latent attention"))
 
 
 def require_gated(spec: ModelSpec, kind: str) -> tuple[GatedFFNSpec, ...]:
     """Each layer's feed-forward network. Raises ShrinkError if one is a mixture of experts."""
-    found = []
-    for index, layer in enumerate(spec.layers):
-        if not isinstance(layer.ffn, GatedFFNSpec):
-            raise ShrinkError(
-                f"{kind}: layer {index} is a mixture of experts, which {kind} cannot take"
-            )
-        found.append(layer.ffn)
-    return tuple(found)
+    ffns = (layer.ffn for layer in spec.layers)
+    return all_of(GatedFFNSpec, ffns, lambda i: _cannot(kind, i, "is a mixture of experts"))
+
+
+def _cannot(kind: str, layer: int, what: str) -> ShrinkError:
+    return ShrinkError(f"{kind}: layer {layer} {what}, which {kind} cannot take")
 
 
 def largest_layer(spec: ModelSpec) -> int:

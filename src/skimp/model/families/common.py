@@ -20,6 +20,7 @@ from skimp.model.spec import (
     MixerSpec,
     ModelSpec,
     RopeSpec,
+    all_of,
 )
 
 MAX_LAYERS: Final = 10_000
@@ -201,28 +202,20 @@ def read_dtype(read: ConfigReader) -> str:
     return found.pop() if found else "float32"
 
 
-def softmax_mixers(spec: ModelSpec) -> list[AttentionSpec]:
+def softmax_mixers(spec: ModelSpec) -> tuple[AttentionSpec, ...]:
     """Each layer's mixer; ConfigError if one is of a kind that the class does not have."""
-    found = []
-    for i, layer in enumerate(spec.layers):
-        if not isinstance(layer.mixer, AttentionSpec):
-            raise ConfigError(
-                f"model_type={spec.family!r} has no latent attention, as in layer {i}"
-            )
-        found.append(layer.mixer)
-    return found
+    mixers = (layer.mixer for layer in spec.layers)
+    return all_of(AttentionSpec, mixers, lambda i: _has_no(spec, "latent attention", i))
 
 
-def gated_ffns(spec: ModelSpec) -> list[GatedFFNSpec]:
+def gated_ffns(spec: ModelSpec) -> tuple[GatedFFNSpec, ...]:
     """Each layer's feed-forward network; ConfigError if one is a mixture of experts."""
-    found = []
-    for i, layer in enumerate(spec.layers):
-        if not isinstance(layer.ffn, GatedFFNSpec):
-            raise ConfigError(
-                f"model_type={spec.family!r} has no mixture of experts, as in layer {i}"
-            )
-        found.append(layer.ffn)
-    return found
+    ffns = (layer.ffn for layer in spec.layers)
+    return all_of(GatedFFNSpec, ffns, lambda i: _has_no(spec, "mixture of experts", i))
+
+
+def _has_no(spec: ModelSpec, part: str, layer: int) -> ConfigError:
+    return ConfigError(f"model_type={spec.family!r} has no {part}, as in layer {layer}")
 
 
 # ---- tensor names -----------------------------------------------------------------------------
