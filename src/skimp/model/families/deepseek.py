@@ -46,8 +46,7 @@ def read_ffns(
     has what the class fixes, ``defaults`` are those of the other fields. ``limited``: experts are
     chosen from the best groups."""
     first = read.integer("first_k_dense_replace", first, least=0)
-    if read.optional_integer("moe_layer_freq", 1, least=1) != 1:
-        raise read.refuse("moe_layer_freq is not 1, but the class has experts in every later layer")
+    read.must_be("moe_layer_freq", 1)  # experts in every layer behind the first
     read.keep("moe_layer_freq")
     for name in (*DRAFT_FIELDS, *LOSS_FIELDS):
         if name in DRAFT_FIELDS and read.raw(name):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from skimp.errors import shown
 from skimp.model.families import common, deepseek, latent
 from skimp.model.families.common import llama_tensor_names as tensor_names
 from skimp.model.families.deepseek import stored_name
@@ -31,8 +30,7 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     mixer = latent.read_mixer(read, sizes, interleaved=True)
     activation = read.choice("hidden_act", "silu", common.ACTIVATIONS)
     limited = read.choice("topk_method", "greedy", {"greedy": False, LIMITED: True})
-    if read.raw("scoring_func") not in (None, "softmax"):
-        raise read.refuse(f"scoring_func={shown(read.raw('scoring_func'))} is not softmax")
+    read.must_be("scoring_func", "softmax")
     read.keep("scoring_func")
     read.must_be("norm_topk_prob", False)
     return common.make_spec(

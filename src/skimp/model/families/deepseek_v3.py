@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from skimp.errors import shown
 from skimp.model.families import common, deepseek, latent
 from skimp.model.families.common import llama_tensor_names as tensor_names
 from skimp.model.families.deepseek import stored_name
@@ -30,11 +29,8 @@ def to_spec(config: Mapping[str, Any]) -> ModelSpec:
     sizes = latent.read_sizes(read, max_positions=4096)
     mixer = latent.read_mixer(read, sizes, interleaved=read.boolean("rope_interleave", True))
     activation = read.choice("hidden_act", "silu", common.ACTIVATIONS)
-    if read.raw("topk_method") not in (None, "noaux_tc"):
-        raise read.refuse(f"topk_method={shown(read.raw('topk_method'))} is not noaux_tc")
-    if read.raw("scoring_func") not in (None, "sigmoid"):
-        raise read.refuse(f"scoring_func={shown(read.raw('scoring_func'))} is not sigmoid")
-    for name in ("topk_method", "scoring_func"):
+    for name, value in (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")):
+        read.must_be(name, value)
         read.keep(name)
     router = RouterSpec(
         scoring="sigmoid",

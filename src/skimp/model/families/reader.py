@@ -140,10 +140,10 @@ class ConfigReader:
             raise self.refuse(f"{name} must be an object, got {shown(value)}")
         return value
 
-    def must_be(self, name: str, value: bool) -> None:
+    def must_be(self, name: str, value: bool | int | str) -> None:
         """The class computes as if this field had this value; absent or null is fine too."""
         found = self.raw(name)
-        if found is not None and found is not value:
+        if found is not None and (type(found) is not type(value) or found != value):
             raise self.refuse(f"{name}={shown(found)}, but this class always has {shown(value)}")
 
     def rest(self) -> dict[str, Any]:
