@@ -213,13 +213,9 @@ def paged_attention(
     out = torch.empty((rows, layer.q_dim), dtype=qkv.dtype, device=qkv.device)
     if rows == 0:
         return out
-    arena, scales, recent = layer.views(step.arena)
-    table = step.block_tables[layer.group]
-    recent_table = None if layer.recent_group is None else step.block_tables[layer.recent_group]
-    recent_stride = 0 if recent_table is None else recent_table.stride(0)
-    strides = (table.stride(0), recent_stride, layer.offset, layer.recent_offset)
     q, q_stride = qkv, qkv.stride(0)
     if not plan.fused:
+        (arena, scales, recent), (table, recent_table), strides = _cache_of(layer, step)
         width = qkv.shape[1] if plan.whole else layer.q_dim
         q = torch.empty((rows, width), dtype=layer.dtype, device=qkv.device)
         block = 1 if rows <= 16 else 4 if rows <= 512 else 16
@@ -256,17 +252,24 @@ def paged_attention(
     return out
 
 
+def _cache_of(layer: Any, step: StepInputs) -> tuple[Any, tuple[Tensor, Tensor | None], Any]:
+    """A layer's part of the cache: views of the arena; block tables of all and of the newest
+    tokens; then the two tables' strides and the two offsets in the arena."""
+    assert step.arena is not None
+    table = step.block_tables[layer.group]
+    recent = None if layer.recent_group is None else step.block_tables[layer.recent_group]
+    recent_stride = 0 if recent is None else recent.stride(0)
+    strides = (table.stride(0), recent_stride, layer.offset, layer.recent_offset)
+    return layer.views(step.arena), (table, recent), strides
+
+
 def attend(
     layer: Any, plan: AttentionPlan, q: Tensor, q_stride: int, out: Tensor, step: StepInputs
 ) -> None:
     """The launches of a plan, over what ``layer`` says of the cache, into ``out``. Shares that are
     to be ``apart`` stay in the plan's scratch memory instead."""
     rows = out.shape[0]
-    assert step.arena is not None
-    arena, scales, recent = layer.views(step.arena)
-    table = step.block_tables[layer.group]
-    recent_table = None if layer.recent_group is None else step.block_tables[layer.recent_group]
-    recent_stride = 0 if recent_table is None else recent_table.stride(0)
+    (arena, scales, recent), (table, recent_table), strides = _cache_of(layer, step)
     balanced = triton.next_power_of_2(rows) if rows <= BALANCED_ROWS else 0
     pdl = plan.fused and use_pdl(out.device)
     for launch in plan.launches:
@@ -296,10 +299,7 @@ def attend(
             launch.least_rows,
             launch.target,
             q_stride,
-            table.stride(0),
-            recent_stride,
-            layer.offset,
-            layer.recent_offset,
+            *strides,
             **layer.constants,
             FUSED=plan.fused,
             MODE=launch.mode,
@@ -357,7 +357,7 @@ class _Layer:
         self.cos = params.rope[0].contiguous() if params.rope is not None else None
         self.sin = params.rope[1].contiguous() if params.rope is not None else None
         self.sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
-        common: dict[str, Any] = {
+        self.append_constants: dict[str, Any] = {
             "EPS": params.q_norm.eps if params.q_norm is not None else params.norm_eps,
             "H": spec.num_heads,
             "G": spec.num_kv_heads,
@@ -373,10 +373,9 @@ class _Layer:
             "PAGE": cache.page_tokens,
             "ITEM": item,
             "PLANE": spec.num_kv_heads * cache.page_tokens * _vector_elements(cache),
-            "EXTRA": 0,
         }
-        self.append_constants = {k: v for k, v in common.items() if k != "EXTRA"}
-        self.constants = common | {
+        self.constants = self.append_constants | {
+            "EXTRA": 0,
             "QK_SCALE": spec.scale,
             "CAP": spec.softcap or 0.0,
             "WINDOW": spec.window or 0,
