@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +29,7 @@ from skimp.kernels.triton.append import append_kernel
 from skimp.kernels.triton.attention_kernels import ONE_ROW, ONE_TILE, SEARCH, attention_kernel
 from skimp.kernels.triton.cached_heads import FULL, INT4, KINDS
 from skimp.kernels.triton.launch import multiprocessors, use_pdl
+from skimp.kernels.triton.prepared import Prepared
 from skimp.model.spec import AttentionSpec
 
 MOST_SPLITS = 64
@@ -205,7 +205,7 @@ def paged_attention(
 
     The same as ``PlainOps.attention`` with an arena; rows at positions below 0 are padding.
     """
-    layer = _LAYERS.get(id(params)) or _prepare(params)
+    layer = _layer_of(params)
     rows = qkv.shape[0]
     assert rows == plan.rows and step.arena is not None
     if qkv.stride(1) != 1:
@@ -401,13 +401,7 @@ class _Layer:
         return self._views
 
 
-_LAYERS: dict[int, _Layer] = {}
-
-
-def _prepare(params: AttentionParams) -> _Layer:
-    layer = _LAYERS[id(params)] = _Layer(params)
-    weakref.finalize(params, _LAYERS.pop, id(params), None)
-    return layer
+_layer_of = Prepared(_Layer)
 
 
 def _horizon(recent: LayerCache | None) -> int:

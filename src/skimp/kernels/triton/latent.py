@@ -8,7 +8,6 @@ are expanded: keys and values of all heads, and PyTorch's own attention.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +28,7 @@ from skimp.kernels.triton.attention import (
 from skimp.kernels.triton.cached_heads import FULL
 from skimp.kernels.triton.latent_kernels import latent_rows_kernel, latent_values_kernel
 from skimp.kernels.triton.launch import use_pdl
+from skimp.kernels.triton.prepared import Prepared
 from skimp.kernels.triton.shares import shares_kernel
 from skimp.model.spec import AttentionSpec, LatentAttentionSpec
 
@@ -269,16 +269,7 @@ class _Layer:
         return arena[: arena.numel() - arena.numel() % 4].view(self.dtype), None, None
 
 
-_LAYERS: dict[int, _Layer] = {}
-
-
-def layer_of(params: LatentParams) -> _Layer:
-    """What launches need of a layer, kept for as long as its parameters."""
-    layer = _LAYERS.get(id(params))
-    if layer is None:
-        layer = _LAYERS[id(params)] = _Layer(params)
-        weakref.finalize(params, _LAYERS.pop, id(params), None)
-    return layer
+layer_of = Prepared(_Layer)
 
 
 def _tile(lanes: int, dtype: torch.dtype) -> Tile:
