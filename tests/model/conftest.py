@@ -128,12 +128,8 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def always_one_thread(one_thread: None) -> None:
     """These models are too small to share out; threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -31,17 +31,12 @@ LONGER = f"tokens: 8192, {SHORT}, lr: 0.01"
 DAMAGE = "- damage: {layer: 1, noise: 1.0}"
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_healable(tmp_path_factory.mktemp("heal"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _kls(outcome: pipeline.Outcome) -> list[float]:

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 from shrink.runs import RECIPE, Victim, hashes, run, work_of, write_small
 
 from skimp.model.manifest import verify
@@ -15,17 +14,12 @@ from skimp.model.manifest import verify
 VISITS = (2 + 2 + 1) * 6
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small(tmp_path_factory.mktemp("kill") / "model")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> object:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _kill(model: Path, folder: Path, seed: int, *, runs: int, writes: int) -> None:
