@@ -26,6 +26,7 @@ from skimp.kernels.ops import (
     PackLayout,
     StepInputs,
 )
+from skimp.kernels.whole import attend_whole
 from skimp.model.layers import FusedExperts, Linear, RMSNorm, stacked_bias
 from skimp.model.spec import Activation, ClampedSwiGLU, ExpertsSpec, LatentAttentionSpec
 
@@ -35,7 +36,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 KEY_BLOCK = 64  # keys per block where the order of summation must not depend on the step
-LEAST_QUERIES = 256  # rows of a block of windowed attention, if there are as many
 
 
 @dataclass
@@ -310,12 +310,8 @@ class PlainOps:
         k, v = k.to(dtype), v.to(dtype)
         plain = spec.softcap is None and params.sinks is None
         if plain and (starts := self._whole_starts(step)) is not None:
-            qs, ks, vs = (x.tensor_split(starts[1:-1]) for x in (q.to(dtype), k, v))
-            outs = [
-                _attend_causally(*part, scale=spec.scale, window=spec.window)
-                for part in zip(qs, ks, vs)
-            ]
-            return torch.cat(outs).flatten(1)
+            whole = attend_whole(q.to(dtype), k, v, starts, scale=spec.scale, window=spec.window)
+            return whole.flatten(1)
         out = torch.empty_like(q)
         for rows, seen in _sequences(k, v, params.cache, step):
             out[rows] = self._attend(q[rows], seen, rows, params, step)
@@ -353,9 +349,8 @@ class PlainOps:
         if (starts := self._whole_starts(step)) is not None:
             query = torch.cat((nope, rotated), dim=-1).to(dtype)
             keys, values = latent.made_heads(cached[:, 0], heads, spec)
-            parts = (x.tensor_split(starts[1:-1]) for x in (query, keys, values))
-            outs = [_attend_causally(*part, scale=spec.scale, window=None) for part in zip(*parts)]
-            return torch.cat(outs).flatten(1)
+            mixed = attend_whole(query, keys, values, starts, scale=spec.scale, window=None)
+            return mixed.flatten(1)
         out = q.new_empty(q.shape[0], spec.num_heads, spec.value_dim)
         for rows, seen in _sequences(cached, cached, params.cache, step):
             mask = seen.positions < step.kv_end[rows, None]
@@ -368,19 +363,19 @@ class PlainOps:
                 out[rows] = latent.absorbed(*part, heads, spec)
         return out.flatten(1).to(dtype)
 
-    def _whole_starts(self, step: StepInputs) -> list[int] | None:
+    def _whole_starts(self, step: StepInputs) -> tuple[int, ...] | None:
         """``seq_starts`` of a step that PyTorch's own attention can compute: nothing cached, and
         each sequence whole and causal; None if it is not so. ``bounds.whole`` spares looking."""
         if self.deterministic or step.arena is not None:
             return None
         if step.bounds is not None and step.bounds.whole:
-            return list(step.bounds.whole)
+            return step.bounds.whole
         starts = step.seq_starts.to(torch.int64)
         count = starts.diff()
         own = torch.arange(len(step.positions), device=starts.device)
         own -= starts[:-1].repeat_interleave(count)
         whole = (step.positions == own).all() & (step.kv_end == own + 1).all()
-        return starts.tolist() if bool(whole) else None
+        return tuple(starts.tolist()) if bool(whole) else None
 
     def _attend(
         self,
@@ -477,36 +472,6 @@ def _latent_by_rows(
         mixed = _row_by_blocks(query, keys, values, mask, spec.scale, None, None)
         rows.append(latent.from_latent(mixed[None], heads)[0])
     return torch.stack(rows)
-
-
-def _attend_causally(
-    q_RHK: Tensor, k_RGK: Tensor, v_RGV: Tensor, *, scale: float, window: int | None
-) -> Tensor:
-    """One sequence over itself [R, H, V], in memory that grows with R, or with R times window."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_RHK, k_RGK, v_RGV))
-    grouped = q.shape[1] != k.shape[1]
-    if window is None or q.shape[2] <= window:
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-        return out[0].transpose(0, 1)
-    parts = []
-    block = max(window, LEAST_QUERIES)
-    for begin in range(0, q.shape[2], block):
-        end, first = min(begin + block, q.shape[2]), max(0, begin - window + 1)
-        at = torch.arange(begin, end, device=q.device)[:, None]
-        key = torch.arange(first, end, device=q.device)
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, begin:end],
-                k[:, :, first:end],
-                v[:, :, first:end],
-                attn_mask=(key <= at) & (key > at - window),
-                scale=scale,
-                enable_gqa=grouped,
-            )
-        )
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 def _row_by_blocks(

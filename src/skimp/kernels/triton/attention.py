@@ -248,7 +248,7 @@ def paged_attention(
             vendor.attend(q, out, params.spec, plan.whole)
             return out
         q_stride = layer.q_dim
-    attend(layer, plan, q, q_stride, out, step)
+    attend(layer, plan, q, q_stride, out, step, early=plan.fused)
     return out
 
 
@@ -264,14 +264,22 @@ def _cache_of(layer: Any, step: StepInputs) -> tuple[Any, tuple[Tensor, Tensor |
 
 
 def attend(
-    layer: Any, plan: AttentionPlan, q: Tensor, q_stride: int, out: Tensor, step: StepInputs
+    layer: Any,
+    plan: AttentionPlan,
+    q: Tensor,
+    q_stride: int,
+    out: Tensor,
+    step: StepInputs,
+    *,
+    early: bool,
 ) -> None:
     """The launches of a plan, over what ``layer`` says of the cache, into ``out``. Shares that are
-    to be ``apart`` stay in the plan's scratch memory instead."""
+    to be ``apart`` stay in the plan's scratch memory instead. ``early``: a lone launch may begin
+    while the kernel before it ends, as that one allows."""
     rows = out.shape[0]
     (arena, scales, recent), (table, recent_table), strides = _cache_of(layer, step)
     balanced = triton.next_power_of_2(rows) if rows <= BALANCED_ROWS else 0
-    pdl = plan.fused and use_pdl(out.device)
+    pdl = early and len(plan.launches) == 1 and use_pdl(out.device)
     for launch in plan.launches:
         tile = launch.tile
         attention_kernel[(launch.tiles, layer.kv_heads, launch.splits)](

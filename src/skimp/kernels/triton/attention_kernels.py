@@ -20,25 +20,10 @@ from skimp.kernels.triton.cached_heads import (
 )
 from skimp.kernels.triton.launch import let_next_start, wait_for_inputs
 from skimp.kernels.triton.shares import add_shares
-from skimp.kernels.triton.softmax import over_memory, score_of
+from skimp.kernels.triton.softmax import over_latents, over_memory, prefetch, score_of
 
 # How a program finds its rows.
 ONE_ROW, ONE_TILE, SEARCH = 0, 1, 2
-
-
-@triton.jit
-def _prefetch(vectors, D: tl.constexpr, ITEM: tl.constexpr):
-    """Bring the vectors at these addresses [M] to the second-level cache."""
-    LINES: tl.constexpr = triton.cdiv(D * ITEM, 128)
-    within = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1) * (128 // ITEM)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [(vectors[:, None] + within[None, :]).to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=["rows", "num_seqs", "least_rows", "target"])
@@ -208,9 +193,9 @@ def attention_kernel(
             pages_of(table, near, near < stop, PAGE), near, offset, vector, KIND, D + EXTRA, PAGE,
             ITEM,
         )  # fmt: skip
-        _prefetch(arena_ptr + near_at, D + EXTRA, ITEM)
+        prefetch(arena_ptr + near_at, D + EXTRA, ITEM)
         if EXTRA == 0:
-            _prefetch(arena_ptr + near_at + PLANE, D, ITEM)
+            prefetch(arena_ptr + near_at + PLANE, D, ITEM)
     wait_for_inputs(PDL)  # all that was read so far the host has sent
     let_next_start(PDL)
     if FUSED:
@@ -237,14 +222,6 @@ def attention_kernel(
     else:
         inside = ok[:, None] & (dims < D)[None, :]
         q = tl.load(q_ptr + q_at[:, None] + dims[None, :], mask=inside, other=0.0)
-    q_extra = q
-    if EXTRA > 0:
-        more = tl.arange(0, max(16, triton.next_power_of_2(EXTRA)))
-        q_extra = tl.load(
-            q_ptr + q_at[:, None] + (D + more)[None, :],
-            mask=ok[:, None] & (more < EXTRA)[None, :],
-            other=0.0,
-        )
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, DP), tl.float32)
@@ -284,24 +261,35 @@ def attention_kernel(
             acc = weight[:, None] * new_v
 
     skip = tl.max(position)
-    if RECENT > 0:
+    if EXTRA > 0:
+        more = tl.arange(0, max(16, triton.next_power_of_2(EXTRA)))
+        q_extra = tl.load(
+            q_ptr + q_at[:, None] + (D + more)[None, :],
+            mask=ok[:, None] & (more < EXTRA)[None, :],
+            other=0.0,
+        )
+        peak, total, acc = over_latents(
+            q, q_extra, peak, total, acc, start, stop, row_end, ok, arena_ptr, table, offset,
+            TWO_PHASE, QK_SCALE, D, DP, PAGE, ITEM, EXTRA, BLOCK_N, PDL,
+        )  # fmt: skip
+    elif RECENT > 0:
         edge = tl.maximum(position - (RECENT - 1), row_low)
         peak, total, acc = over_memory(
-            q, q_extra, peak, total, acc, start, stop, row_low, tl.minimum(edge, row_end), ok, skip,
+            q, peak, total, acc, start, stop, row_low, tl.minimum(edge, row_end), ok, skip,
             arena_ptr, scales_ptr, table, offset, vector, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE,
-            CAP, KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8, WORDS, ASM,
+            CAP, KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8, WORDS, ASM,
         )  # fmt: skip
         peak, total, acc = over_memory(
-            q, q_extra, peak, total, acc, start, stop, edge, row_end, ok, skip,
+            q, peak, total, acc, start, stop, edge, row_end, ok, skip,
             recent_ptr, scales_ptr, recent_table, recent_offset, vector, TWO_PHASE, True, FUSED,
-            QK_SCALE, CAP, 0, D, DP, PAGE, ITEM, G * PAGE * D, EXTRA, BLOCK_N,
+            QK_SCALE, CAP, 0, D, DP, PAGE, ITEM, G * PAGE * D, BLOCK_N,
             NATIVE_FP8, WORDS, ASM,
         )  # fmt: skip
     else:
         peak, total, acc = over_memory(
-            q, q_extra, peak, total, acc, start, stop, row_low, row_end, ok, skip,
+            q, peak, total, acc, start, stop, row_low, row_end, ok, skip,
             arena_ptr, scales_ptr, table, offset, vector, TWO_PHASE, WINDOW > 0, FUSED, QK_SCALE,
-            CAP, KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8, WORDS, ASM,
+            CAP, KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8, WORDS, ASM,
         )  # fmt: skip
 
     if (active == 1) & (not APART):

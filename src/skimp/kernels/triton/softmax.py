@@ -1,8 +1,7 @@
 """A tile of queries over the keys and values of a memory: online softmax, block by block.
 
 Shape legend: M query rows times heads, N keys of a block, D head size and DP its power of two.
-Peaks and scores count in powers of two. Where EXTRA is above 0, a token is one latent of D numbers
-and EXTRA more: all of them are its key, and the D are its value too.
+Peaks and scores count in powers of two.
 """
 
 from __future__ import annotations
@@ -34,6 +33,21 @@ def score_of(raw, QK_SCALE: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
+def prefetch(vectors, D: tl.constexpr, ITEM: tl.constexpr):
+    """Bring the vectors at these addresses [M] to the second-level cache."""
+    LINES: tl.constexpr = triton.cdiv(D * ITEM, 128)
+    within = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1) * (128 // ITEM)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [(vectors[:, None] + within[None, :]).to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _in_share(keys, low, stop, skip, SKIP: tl.constexpr):
     ok = (keys < stop) & (keys >= low)
     if SKIP:
@@ -45,7 +59,6 @@ def _in_share(keys, low, stop, skip, SKIP: tl.constexpr):
 def _weigh(
     raw,
     peak,
-    total,
     keys,
     ok,
     row_low,
@@ -54,27 +67,28 @@ def _weigh(
     LOWER: tl.constexpr,
     QK_SCALE: tl.constexpr,
     CAP: tl.constexpr,
+    AXIS: tl.constexpr,
 ):
     """One block of the online softmax (Milakov & Gimelshein 2018): its weights, and by how much
-    what was added up before shrinks."""
+    what was added up before shrinks. ``AXIS`` of the products counts keys, the other one rows."""
     scores = score_of(raw, QK_SCALE, CAP)
+    ROW: tl.constexpr = 1 - AXIS
     if MASKED:
-        seen = ok[None, :] & (keys[None, :] < row_end[:, None])
+        seen = tl.expand_dims(ok, ROW) & (tl.expand_dims(keys, ROW) < tl.expand_dims(row_end, AXIS))
         if LOWER:
-            seen = seen & (keys[None, :] >= row_low[:, None])
+            seen = seen & (tl.expand_dims(keys, ROW) >= tl.expand_dims(row_low, AXIS))
         scores = tl.where(seen, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    new_peak = tl.maximum(peak, tl.max(scores, AXIS))
     # Before a row's first visible key its peak is -inf, and differences would be NaN.
     level = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-    weights = tl.exp2(scores - level[:, None])
+    weights = tl.exp2(scores - tl.expand_dims(level, AXIS))
     shrink = tl.exp2(peak - level)
-    return new_peak, total * shrink + tl.sum(weights, 1), weights, shrink
+    return new_peak, weights, shrink
 
 
 @triton.jit
 def _over_keys(
     q,
-    q_extra,
     peak,
     total,
     acc,
@@ -100,7 +114,6 @@ def _over_keys(
     PAGE: tl.constexpr,
     ITEM: tl.constexpr,
     PLANE: tl.constexpr,
-    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
 ):
@@ -113,7 +126,7 @@ def _over_keys(
     pages = pages_of(table, start + columns, ok, PAGE)
     for first in tl.range(start, stop, BLOCK_N):
         keys = first + columns
-        at, scale_at = slots(pages, keys, offset, head, KIND, D + EXTRA, PAGE, ITEM)
+        at, scale_at = slots(pages, keys, offset, head, KIND, D, PAGE, ITEM)
         here = ok
         # A block's pages are asked for one block early: a load whose place is still to be loaded
         # would be issued later than the stages allow.
@@ -125,11 +138,6 @@ def _over_keys(
             pages = pages_of(table, later, later < stop, PAGE)
         k = load_heads(arena_ptr, at, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
         raw = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if EXTRA > 0:
-            more = load_heads(
-                arena_ptr, at + D, here, MASKED, KIND, EXTRA, q_extra.shape[1], q.dtype, NATIVE_FP8
-            )
-            raw = tl.dot(q_extra, tl.trans(more), raw, input_precision="ieee")
         if KIND > 0:
             if MASKED:
                 k_scale = tl.load(scales_ptr + scale_at, mask=here, other=0.0)
@@ -138,17 +146,100 @@ def _over_keys(
                 k_scale = tl.load(scales_ptr + scale_at)
                 v_scale = tl.load(scales_ptr + scale_at + PLANE // 2)
             raw = raw * k_scale.to(tl.float32)[None, :]
-        peak, total, weights, shrink = _weigh(
-            raw, peak, total, keys, here, row_low, row_end, MASKED, LOWER, QK_SCALE, CAP
+        peak, weights, shrink = _weigh(
+            raw, peak, keys, here, row_low, row_end, MASKED, LOWER, QK_SCALE, CAP, 1
         )
-        if EXTRA > 0:
-            v = k
-        else:
-            v = load_heads(arena_ptr, at + PLANE, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
+        total = total * shrink + tl.sum(weights, 1)
+        v = load_heads(arena_ptr, at + PLANE, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
         if KIND > 0:
             weights = weights * v_scale.to(tl.float32)[None, :]
         acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return peak, total, acc
+
+
+@triton.jit
+def _over_latents(
+    q,
+    q_extra,
+    peak,
+    total,
+    acc,
+    start,
+    stop,
+    row_end,
+    arena_ptr,
+    table,
+    offset,
+    MASKED: tl.constexpr,
+    QK_SCALE: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    ITEM: tl.constexpr,
+    EXTRA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FETCH: tl.constexpr,
+):
+    """:func:`_over_keys` for latents, with all matrices turned over: q [DP, M], acc [DP, M]. The
+    64 rows that Hopper's tensor cores want at least are then tokens, of which there are always
+    enough, and not heads; what was loaded goes to them from shared memory twice.
+
+    Shared memory holds two blocks, of which the second one's loads are issued when the first has
+    been used. So with ``FETCH`` it is fetched to the second-level cache before.
+    """
+    columns = tl.arange(0, BLOCK_N)
+    # A block inside a page needs one place; else each token has its own.
+    WITHIN: tl.constexpr = PAGE % BLOCK_N == 0
+    near = start if WITHIN else start + columns
+    pages = pages_of(table, near, near < stop, PAGE)
+    totals = tl.zeros((BLOCK_N, q.shape[1]), tl.float32)  # each place's own: added up at the end
+    for first in tl.range(start, stop, BLOCK_N):
+        keys = first + columns
+        here = keys < stop if MASKED else None
+        at = _latents_at(pages, first, offset, D + EXTRA, PAGE, ITEM, BLOCK_N, WITHIN)
+        later = (first if WITHIN else keys) + BLOCK_N  # asked for a block early, see _over_keys
+        pages = pages_of(table, later, later < stop, PAGE)
+        if FETCH:
+            next_at = _latents_at(
+                pages, first + BLOCK_N, offset, D + EXTRA, PAGE, ITEM, BLOCK_N, WITHIN
+            )
+            prefetch(arena_ptr + next_at, D + EXTRA, ITEM)
+        c = load_heads(arena_ptr, at, here, MASKED, 0, D, DP, q.dtype, False)
+        more = load_heads(
+            arena_ptr, at + D, here, MASKED, 0, EXTRA, q_extra.shape[0], q.dtype, False
+        )
+        raw = tl.dot(c, q, input_precision="ieee")
+        raw = tl.dot(more, q_extra, raw, input_precision="ieee")
+        peak, weights, shrink = _weigh(
+            raw, peak, keys, here, row_end, row_end, MASKED, False, QK_SCALE, 0.0, 0
+        )
+        totals = totals * shrink[None, :] + weights
+        total = total * shrink
+        acc = tl.dot(
+            tl.trans(c), weights.to(q.dtype), acc * shrink[None, :], input_precision="ieee"
+        )
+    return peak, total + tl.sum(totals, 0), acc
+
+
+@triton.jit
+def _latents_at(
+    pages,
+    first,
+    offset,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    ITEM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WITHIN: tl.constexpr,
+):
+    """Where the latents of a block begin, [BLOCK_N]; ``pages`` are its tokens', or its only one."""
+    columns = tl.arange(0, BLOCK_N)
+    if WITHIN:
+        at, _ = slots(pages, first, offset, 0, 0, WIDTH, PAGE, ITEM)
+        return at + columns * WIDTH
+    else:
+        at, _ = slots(pages, first + columns, offset, 0, 0, WIDTH, PAGE, ITEM)
+        return at
 
 
 @triton.jit
@@ -219,9 +310,10 @@ def _over_words(
         k_scale = tl.load(scales_ptr + scale_at, mask=here, other=0.0)
         v_scale = tl.load(scales_ptr + scale_at + PLANE // 2, mask=here, other=0.0)
         raw = raw * k_scale.to(tl.float32)[None, :]
-        peak, total, weights, shrink = _weigh(
-            raw, peak, total, keys, here, row_low, row_end, True, LOWER, QK_SCALE, CAP
+        peak, weights, shrink = _weigh(
+            raw, peak, keys, here, row_low, row_end, True, LOWER, QK_SCALE, CAP, 1
         )
+        total = total * shrink + tl.sum(weights, 1)
         w = (weights * v_scale.to(tl.float32)[None, :]).to(q.dtype)
         v = load_words(words_ptr, at + PLANE // 2, here, KIND, D, DP)
         acc0 = _mix(w, v, acc0 * shrink[:, None], 0, CODE, ASM)
@@ -235,7 +327,6 @@ def _over_words(
 @triton.jit
 def over_memory(
     q,
-    q_extra,
     peak,
     total,
     acc,
@@ -261,7 +352,6 @@ def over_memory(
     PAGE: tl.constexpr,
     ITEM: tl.constexpr,
     PLANE: tl.constexpr,
-    EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NATIVE_FP8: tl.constexpr,
     WORDS: tl.constexpr,
@@ -283,14 +373,14 @@ def over_memory(
         late = tl.maximum(tl.minimum(all_end, stop) // BLOCK_N * BLOCK_N, middle)
         if LOWER:
             peak, total, acc = _over_keys(
-                q, q_extra, peak, total, acc, start, middle, row_low, row_end, tile_low, skip,
+                q, peak, total, acc, start, middle, row_low, row_end, tile_low, skip,
                 arena_ptr, scales_ptr, table, offset, head, True, LOWER, SKIP, QK_SCALE, CAP,
-                KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8,
+                KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
             )  # fmt: skip
         peak, total, acc = _over_keys(
-            q, q_extra, peak, total, acc, middle, late, row_low, row_end, tile_low, skip,
+            q, peak, total, acc, middle, late, row_low, row_end, tile_low, skip,
             arena_ptr, scales_ptr, table, offset, head, False, LOWER, SKIP, QK_SCALE, CAP,
-            KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8,
+            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
         )  # fmt: skip
         start = late
     if WORDS and KIND > 0:
@@ -302,8 +392,52 @@ def over_memory(
         )  # fmt: skip
     else:
         peak, total, acc = _over_keys(
-            q, q_extra, peak, total, acc, start, stop, row_low, row_end, tile_low, skip,
+            q, peak, total, acc, start, stop, row_low, row_end, tile_low, skip,
             arena_ptr, scales_ptr, table, offset, head, True, LOWER, SKIP, QK_SCALE, CAP,
-            KIND, D, DP, PAGE, ITEM, PLANE, EXTRA, BLOCK_N, NATIVE_FP8,
+            KIND, D, DP, PAGE, ITEM, PLANE, BLOCK_N, NATIVE_FP8,
         )  # fmt: skip
     return peak, total, acc
+
+
+@triton.jit
+def over_latents(
+    q,
+    q_extra,
+    peak,
+    total,
+    acc,
+    start,
+    stop,
+    row_end,
+    ok,
+    arena_ptr,
+    table,
+    offset,
+    TWO_PHASE: tl.constexpr,
+    QK_SCALE: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    PAGE: tl.constexpr,
+    ITEM: tl.constexpr,
+    EXTRA: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FETCH: tl.constexpr,
+):
+    """:func:`over_memory` where a token is one latent of D numbers and EXTRA more: all of them are
+    its key, and the D are its value too."""
+    q = tl.trans(q)
+    q_extra = tl.trans(q_extra)
+    acc = tl.trans(acc)
+    if TWO_PHASE:
+        all_end = tl.min(tl.where(ok, row_end, 0x7FFFFFFF))
+        late = tl.maximum(tl.minimum(all_end, stop) // BLOCK_N * BLOCK_N, start)
+        peak, total, acc = _over_latents(
+            q, q_extra, peak, total, acc, start, late, row_end, arena_ptr, table, offset, False,
+            QK_SCALE, D, DP, PAGE, ITEM, EXTRA, BLOCK_N, FETCH,
+        )  # fmt: skip
+        start = late
+    peak, total, acc = _over_latents(
+        q, q_extra, peak, total, acc, start, stop, row_end, arena_ptr, table, offset, True,
+        QK_SCALE, D, DP, PAGE, ITEM, EXTRA, BLOCK_N, FETCH,
+    )  # fmt: skip
+    return peak, total, tl.trans(acc)

@@ -21,7 +21,7 @@ from skimp.text import Tokenizer
 if TYPE_CHECKING:
     from skimp.shrink.heal.step import Heal
 
-TOGETHER: Final = 64  # documents
+TOGETHER: Final = {"cpu": 64, "cuda": 512}  # documents
 MOST_TOKENS: Final = 1 << 20  # unless the recipe says how many
 TOKENS: Final = "own_text"
 LENGTHS: Final = "own_text_lengths"
@@ -39,11 +39,12 @@ def write_text(step: Heal, whole: Whole) -> dict[str, Tensor]:
     begin = begin_ids(tokenizer)
     random = np.random.default_rng(whole.seed)
     ordinary = sorted(set(range(tokenizer.vocab_size)) - tokenizer.control_ids)
+    together = TOGETHER[step.device]
     options = EngineOptions(
-        dtype="float32",
+        dtype=step.computes_in,
         device=step.device,
         threads=torch.get_num_threads(),
-        max_batch=TOGETHER,
+        max_batch=together,
         max_context=step.longest,
     )
     engine = Engine.load(whole.directory, options)
@@ -51,7 +52,7 @@ def write_text(step: Heal, whole: Whole) -> dict[str, Tensor]:
     size = 0
     while size < wanted:
         # Where nothing begins a text, a token drawn at random does.
-        prompts = [begin or [int(random.choice(ordinary))] for _ in range(TOGETHER)]
+        prompts = [begin or [int(random.choice(ordinary))] for _ in range(together)]
         params = [
             SamplingParams(max_tokens=step.longest - len(prompt), seed=len(docs) + i)
             for i, prompt in enumerate(prompts)

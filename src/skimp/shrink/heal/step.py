@@ -135,7 +135,7 @@ class Heal(BaseModel):
         return self.micro_batch or min(self.batch, max(self.longest, LEAST_ROWS))
 
     @property
-    def computes_in(self) -> str:
+    def computes_in(self) -> Literal["float32", "bfloat16"]:
         return self.compute or ("bfloat16" if self.device == "cuda" else "float32")
 
     def parts(self) -> list[Part]:
