@@ -60,6 +60,7 @@ class SpeedResult:
     contexts: tuple[int, ...]
     round_ms: tuple[float, ...]
     first_token_ms: float  # until every prompt of the batch has its first token
+    cache_bytes: int  # pages that all sequences hold with their last tokens
     bytes_per_step: float
     bandwidth_gb_s: float
     limit_ms: float
@@ -89,6 +90,7 @@ class SpeedResult:
             "ms_per_step": self.ms_per_step,
             "tokens_per_s": self.tokens_per_s,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "cache_bytes": self.cache_bytes,
             "bytes_per_step": round(self.bytes_per_step),
             "bandwidth_gb_s": self.bandwidth_gb_s,
             "limit_ms": self.limit_ms,
@@ -248,7 +250,7 @@ def _result(
     contexts = rounds[0].contexts
     cost = step_cost(work, [SequenceStep(context=c) for c in contexts])
     time_ = predict(cost, hardware)
-    budget = engine.options.step_tokens
+    budget, layout = engine.options.step_tokens, engine.cache.layout
     prefill_s = predict_prefill(work, hardware, case, budget)
     flops = sum(cost.flops for cost in prefill_costs(work, case, budget))
     peak = max(rate for _, rate in hardware.matrix_tflops[work.compute_dtype]) * 1e12
@@ -269,6 +271,7 @@ def _result(
         contexts=contexts,
         round_ms=tuple(medians),
         first_token_ms=statistics.median(r.prefill_s for r in rounds) * 1e3,
+        cache_bytes=case.batch * layout.bytes_held(case.context + case.new_tokens),
         bytes_per_step=cost.bytes_read,
         bandwidth_gb_s=hardware.limit_bandwidth(cost),
         limit_ms=hardware.limit_s(cost) * 1e3,
