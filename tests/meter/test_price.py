@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from skimp.meter.price import (
     TaskPrice,
     disk_bytes,
     gains,
+    graph_warning,
     price,
 )
 from skimp.meter.probe import FormatRefused
@@ -133,6 +135,16 @@ def test_a_gain_counts_the_tokens_of_each_ones_own_batch() -> None:
     found = gain.as_dict()
     assert (found["batch"], found["asked_batch"]) == (12, "max")
     assert found["batch_limited_by"] == "max_batch 12"
+
+
+def test_batches_beyond_cuda_graphs_are_warned_of() -> None:
+    graphs = pytest.importorskip("skimp.engine.graphs")
+    most = graphs.MOST_GRAPHED
+    cases = [Case(batch=2, context=8), Case(batch=most + 1, context=8)]
+    assert graph_warning(SimpleNamespace(backend_name="native"), cases) is None
+    assert graph_warning(SimpleNamespace(backend_name="triton"), cases[:1]) is None
+    found = graph_warning(SimpleNamespace(backend_name="triton"), cases)
+    assert found is not None and f"a batch of {most + 1}" in found
 
 
 def test_rounds_go_through_all_engines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ def bench(
     \b
     Examples:
       skimp bench tales --batch 1,8,32 --context 128,1k
+      skimp bench tales --batch max --cache-memory 256m --context 128,1k
       skimp bench --random-weights config.json --dtype bfloat16 --threads 2 --json
     """
     from skimp.cli.models import load_engine, model_spec, random_engine
@@ -111,19 +112,26 @@ def bench(
         found = [r.as_dict() for r in results]
         print_json(found[0] if len(found) == 1 else {"results": found})
     else:
-        _print(name, results)
+        _print(name, results, engine.cache.arena.budget_bytes)
     if (warning := busy_note()) is not None:
         note(f"note: {warning}")
 
 
-def _print(name: str, results: list[SpeedResult]) -> None:
+def _print(name: str, results: list[SpeedResult], cache_memory: int) -> None:
     from skimp.cli.output import bytes_text, percent, print_table, rate_text
+    from skimp.meter.cases import CACHE_MEMORY
 
     first = results[0]
     title = (
         f"{name}: {first.dtype}, {first.device} ({first.backend} kernels, {first.threads} threads)"
         f", {first.rounds} rounds of {first.steps} steps\n{first.hardware}"
     )
+    limits = {r.case.label: r.case.limited_by for r in results if r.case.limited_by is not None}
+    if limits:
+        title += f"\nmax: as many sequences as {bytes_text(cache_memory)} of cache hold"
+    for label, limit in limits.items():
+        if limit != CACHE_MEMORY:
+            title += f"; {label}: no more because of {limit}"
     columns = [
         "batch x context", "tokens/s", "ms/step", "spread", "predicted", "limit", "of limit",
         "read/step", "bound by", "prefill tok/s", "spread", "of peak", "predicted",

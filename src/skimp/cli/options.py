@@ -78,11 +78,11 @@ MaxTokens = Annotated[
 ]
 
 
-def parse_count(text: str, field: str, *, example: str = "4096 or 32k") -> int:
-    """A count such as ``4096``, ``32k`` (of 1024), ``1m`` or ``1g``. ValueError names ``field``."""
-    factors = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+def parse_count(text: str, field: str, *, units: str = "km", example: str = "4096 or 32k") -> int:
+    """A count such as ``4096``, ``32k`` (of 1024) or ``1m``. ``units`` are the letters it may end
+    in, each 1,024 of the one before. ValueError names ``field``."""
     body = text.strip().lower().replace("_", "")
-    factor = factors.get(body[-1:], 1)
+    factor = 1 << 10 * (units.find(body[-1:]) + 1 if body else 0)
     digits = body[:-1] if factor > 1 else body
     if not digits.isascii() or not digits.isdigit() or len(digits) > 12 or int(digits) == 0:
         raise ValueError(f"{field}: {text!r} is not a count such as {example}")
@@ -109,7 +109,7 @@ def parse_cache_memory(text: str | None) -> int | None:
 
     if text is None:
         return None
-    found = parse_count(text, "cache_memory", example="256m or 2g")
+    found = parse_count(text, "cache_memory", units="kmg", example="256m or 2g")
     if found > MOST_BYTES:
         raise ValueError(f"cache_memory: {text} exceeds the {MOST_BYTES:,} bytes a cache can have")
     return found

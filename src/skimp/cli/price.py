@@ -280,7 +280,7 @@ def _price(
     from skimp.cli.evaluate import calibration_warning
     from skimp.cli.models import load_engine
     from skimp.meter.calibrate import engine_hardware
-    from skimp.meter.price import Candidate, price
+    from skimp.meter.price import Candidate, graph_warning, price
     from skimp.model.locate import locate_model
     from skimp.shrink.curve import read_curves
 
@@ -289,13 +289,16 @@ def _price(
         progress(f"loading {entry.name}")
         engine = load_engine(entry.model, entry.options)
         directory = locate_model(entry.model)
-        warning = calibration_warning(engine, directory, content, options["max_bytes"])
+        warnings = (
+            calibration_warning(engine, directory, content, options["max_bytes"]),
+            graph_warning(engine, entry.cases),
+        )
         candidates.append(
             Candidate(
                 name=entry.name,
                 directory=directory,
                 engine=engine,
-                warnings=() if warning is None else (warning,),
+                warnings=tuple(filter(None, warnings)),
                 healing=read_curves(directory),
             )
         )

@@ -278,6 +278,21 @@ def gains(base: Sequence[SpeedResult], results: Sequence[SpeedResult]) -> tuple[
     return tuple(found)
 
 
+def graph_warning(engine: Engine, cases: Sequence[Case]) -> str | None:
+    """A line for batches that a GPU's CUDA graphs do not reach."""
+    if engine.backend_name != "triton":
+        return None
+    from skimp.engine.graphs import MOST_GRAPHED
+
+    batch = max(case.batch for case in cases)
+    if batch <= MOST_GRAPHED:
+        return None
+    return (
+        f"a batch of {batch} is launched kernel by kernel: CUDA graphs end at {MOST_GRAPHED} "
+        "sequences"
+    )
+
+
 def disk_bytes(directory: Path) -> int:
     """Bytes of the files of a model's directory."""
     return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

@@ -108,6 +108,8 @@ def _context_chart(axes: Any, price: Price, *, asked: str) -> None:
 
 def _cache_chart(axes: Any, price: Price) -> None:
     """The pages that one sequence holds, in the colours of the other charts."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
     rows: list[tuple[Row, str]] = [(price.base, INK)]
     rows += [(row, _colour(index)) for index, row in enumerate(price.rows)]
     for row, colour in rows:
@@ -120,6 +122,8 @@ def _cache_chart(axes: Any, price: Price) -> None:
             label=_short(row.name),
         )
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set(ylabel="MB")
     _contexts(axes, price)
     _legend(axes)
@@ -170,7 +174,10 @@ def _lines(axes: Any, labels: list[str]) -> list[int]:
 
 
 def _legend(axes: Any) -> None:
-    """Above the chart, where it hides nothing."""
+    """Above the chart, where it hides nothing, and room for its lines."""
+    lines = -(-len(axes.get_legend_handles_labels()[1]) // 2)
+    width, height = axes.figure.get_size_inches()
+    axes.figure.set_size_inches(width, height + 0.2 * max(0, lines - 2))
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize="small")
 
 
