@@ -53,9 +53,7 @@ def test_json_markdown_and_page(skimp, model_dir: Path, text: Path, tmp_path: Pa
     assert page.read_text().count("<svg") == 3
 
 
-def test_contexts_and_a_fixed_cache_memory(
-    skimp, model_dir: Path, text: Path, tmp_path: Path
-) -> None:
+def test_contexts_and_a_fixed_cache(skimp, model_dir: Path, text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     markdown, page = tmp_path / "price.md", tmp_path / "price.html"
     smaller = f"{model_dir}@cache_dtype=int8"
@@ -64,19 +62,19 @@ def test_contexts_and_a_fixed_cache_memory(
         "--rounds", 1,
     )  # fmt: skip
     done = skimp(
-        *common, "--cache-memory", "128k", "--batch", "1,max", "--json", "--markdown", markdown,
+        *common, "--cache-bytes", "128k", "--batch", "1,max", "--json", "--markdown", markdown,
         "--html", page,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     base, row = found["base"], found["rows"][0]
     for each in (base, row):
-        assert each["cache_memory_bytes"] == 128 << 10
+        assert each["cache_budget_bytes"] == 128 << 10
         assert [(s["asked_batch"], s["context"]) for s in each["speed"]] == [
             ("1", 16), ("1", 48), ("max", 16), ("max", 48),
         ]  # fmt: skip
-        assert [s["batch_limited_by"] for s in each["speed"]] == [None] * 2 + ["cache memory"] * 2
-        assert all(s["cache_bytes"] <= each["cache_memory_bytes"] for s in each["speed"])
+        assert [s["batch_limited_by"] for s in each["speed"]] == [None] * 2 + ["cache_bytes"] * 2
+        assert all(s["cache_bytes_held"] <= each["cache_budget_bytes"] for s in each["speed"])
         # The text is read in windows that the cache holds.
         assert each["window"] == base["window"] <= (128 << 10) // 256
     # Pages of 16 tokens: 256 bytes a token, or 80.
@@ -94,18 +92,18 @@ def test_contexts_and_a_fixed_cache_memory(
     assert "cache at 48" in markdown.read_text() and "131 kB of cache" in markdown.read_text()
     assert "Gain by context, largest batch" in page.read_text()
     for wrong, named in (
-        (["--batch", "max"], "batch: max needs the cache_memory"),
-        (["--cache-memory", "9k"], "cache_memory: 9,216 bytes hold no sequence of 48"),
-        (["--cache-memory", "big"], "cache_memory: 'big'"),
-        (["--cache-memory", "900g"], "cache_memory: 900g exceeds"),
-        (["--cache-memory", "128k", "--batch", "40"], "batch: 40 sequences of 16 tokens"),
-        (["--cache-memory", "32k", "--window", "200"], "window: 200 tokens do not fit the 32,768"),
+        (["--batch", "max"], "batch: max needs the cache_bytes"),
+        (["--cache-bytes", "9k"], "cache_bytes: 9,216 bytes hold no sequence of 48"),
+        (["--cache-bytes", "big"], "cache_bytes: 'big'"),
+        (["--cache-bytes", "900g"], "cache_bytes: 900g exceeds"),
+        (["--cache-bytes", "128k", "--batch", "40"], "batch: 40 sequences of 16 tokens"),
+        (["--cache-bytes", "32k", "--window", "200"], "window: 200 tokens do not fit the 32,768"),
     ):
         refused = skimp(*common, "--batch", "max", *wrong)
         assert refused.exit_code == 2 and refused.stderr.count("\n") == 1
         assert named in refused.stderr, refused.stderr
-    own = skimp("price", model_dir, f"{model_dir}@cache_bytes=9999", "--cache-memory", "1m")
-    assert own.exit_code == 2 and "cache_memory: is the same for every model" in own.stderr
+    own = skimp("price", model_dir, f"{model_dir}@cache_bytes=9999", "--cache-bytes", "1m")
+    assert own.exit_code == 2 and "cache_bytes: is the same for every model" in own.stderr
     few = skimp("price", model_dir, f"{model_dir}@max_batch=2", "--batch", "3", "--context", "16")
     assert few.exit_code == 2 and "batch: 3 sequences exceed max_batch 2" in few.stderr
 

@@ -56,7 +56,7 @@ def test_the_largest_batch_runs_and_one_more_does_not(
         **{"backend": backend, "cache_bytes": 1_000_000, "token_budget": 64, **options}
     )
     (case,), chosen = plan_cases(spec, asked, [None], [CONTEXT], NEW, name="it")
-    assert case.limited_by == "cache memory" and case.batch > 2
+    assert case.limited_by == "cache_bytes" and case.batch > 2
     assert chosen.max_batch == case.batch and chosen.cache_bytes == asked.cache_bytes
     engine = build(spec, chosen)
     for _ in range(3):  # what earlier rounds left in the cache gives way
@@ -88,7 +88,7 @@ def test_windows_and_reused_prompts_run_too(prefix_cache: bool, options: dict[st
     assert [r.case.asked_batch for r in results] == ["1", "1", "max", "max"]
     # Nobody runs ahead: all sequences have the same length as they are timed.
     assert all(len(set(r.contexts)) == 1 for r in results)
-    assert all(r.cache_bytes <= 1_000_000 for r in results)
+    assert all(r.cache_bytes_held <= 1_000_000 for r in results)
 
 
 @pytest.mark.parametrize(
@@ -142,9 +142,9 @@ def test_what_limits_a_largest_batch_is_said() -> None:
         return case.batch, case.limited_by
 
     held, by = limit()
-    assert by == "cache memory"
+    assert by == "cache_bytes"
     assert limit(max_batch=3) == (3, "max_batch 3")
-    assert limit(max_batch=held) == (held, "cache memory")
+    assert limit(max_batch=held) == (held, "cache_bytes")
     assert limit(token_budget=5) == (5, "token_budget 5")
     assert limit(cache_bytes=1 << 30) == (4096, "4096 sequences")
 
@@ -152,9 +152,9 @@ def test_what_limits_a_largest_batch_is_said() -> None:
 @pytest.mark.parametrize(
     ("batch", "options", "named"),
     [
-        (None, {}, "batch: max needs the cache_memory that it shall fill"),
-        (None, {"cache_bytes": 60_000}, "cache_memory: 60,000 bytes hold no sequence of 150"),
-        (None, {"cache_bytes": 100}, "cache_memory: budget_bytes 100 is too small"),
+        (None, {}, "batch: max needs the cache_bytes that it shall fill"),
+        (None, {"cache_bytes": 60_000}, "cache_bytes: 60,000 bytes hold no sequence of 150"),
+        (None, {"cache_bytes": 100}, "cache_bytes: budget_bytes 100 is too small"),
         (50, {"cache_bytes": 400_000}, "batch: 50 sequences of 150 tokens and 21 new ones do not"),
         (50, {"cache_bytes": 1 << 24, "token_budget": 49}, "batch: 50 .* token_budget 49 of it"),
     ],

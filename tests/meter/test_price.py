@@ -110,7 +110,7 @@ def result(
         backend="native", threads=2, hardware="a test", ms_per_step=middle, spread=0.1,
         prefill_tokens_per_s=1000.0, prefill_spread=0.1, prefill_of_peak=0.5, rounds=len(ms),
         samples=4 * len(ms), contexts=(context + 2,) * batch, round_ms=ms, first_token_ms=128.0,
-        cache_bytes=batch << 21, bytes_per_step=1e6, bandwidth_gb_s=10.0, limit_ms=0.1,
+        cache_bytes_held=batch << 21, bytes_per_step=1e6, bandwidth_gb_s=10.0, limit_ms=0.1,
         predicted_ms=predicted, predicted_prefill_tokens_per_s=900.0, bound="memory",
     )  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_gains_are_ratios_to_the_base_and_their_spread_is_paired() -> None:
 
 
 def test_a_gain_counts_the_tokens_of_each_ones_own_batch() -> None:
-    base = [result((10.0, 12.0, 18.0), predicted=8.0, batch=4, limited_by="cache memory")]
+    base = [result((10.0, 12.0, 18.0), predicted=8.0, batch=4, limited_by="cache_bytes")]
     more = [result((15.0, 18.0, 27.0), predicted=10.0, batch=12, limited_by="max_batch 12")]
     (gain,) = gains(base, more)
     assert gain.gain == pytest.approx(2.0)  # three times the tokens in one and a half the time
@@ -207,7 +207,7 @@ def make_price(contexts: tuple[int, ...] = (128,), *, largest: bool = False) -> 
 
     def row(name: str, found: Comparison | None, ms: float, weights: float) -> Row:
         def speed(ms: float, predicted: float, batch: int) -> list[SpeedResult]:
-            limit = "cache memory" if largest else None
+            limit = "cache_bytes" if largest else None
             return [
                 *(result((ms, ms), predicted=predicted, context=c) for c in contexts),
                 *(
@@ -227,7 +227,7 @@ def make_price(contexts: tuple[int, ...] = (128,), *, largest: bool = False) -> 
                 CacheUse(context=c, bytes=int(ms) * c * 1000, bytes_read=int(ms) * c * 900)
                 for c in contexts
             ),
-            cache_memory=10**9,
+            cache_budget=10**9,
             quality=compared(0.0, 0.0, 0.0).base if found is None else found.other,
             comparison=found,
             speed=gains(speed(10.0, 10.0, 8), own),

@@ -24,7 +24,7 @@ def bench(
             help="Tokens before generation; 128,1k or repeated.", metavar="N", show_default="128"
         ),
     ] = None,
-    cache_memory: opt.CacheMemory = None,
+    cache_bytes: opt.CacheBytes = None,
     new_tokens: Annotated[
         int, typer.Option(help="Steps a round, of which the later half is timed.", metavar="N")
     ] = 64,
@@ -61,7 +61,7 @@ def bench(
     \b
     Examples:
       skimp bench tales --batch 1,8,32 --context 128,1k
-      skimp bench tales --batch max --cache-memory 256m --context 128,1k
+      skimp bench tales --batch max --cache-bytes 256m --context 128,1k
       skimp bench --random-weights config.json --dtype bfloat16 --threads 2 --json
     """
     from skimp.cli.models import load_engine, model_spec, random_engine
@@ -94,7 +94,7 @@ def bench(
         backend=backend,
         cache_dtype=cache_dtype,
         token_budget=token_budget,
-        cache_bytes=opt.parse_cache_memory(cache_memory),
+        cache_bytes=opt.parse_bytes(cache_bytes),
         max_context=min(max(contexts) + new_tokens + 8, limit),
     )
     cases, options = plan_cases(spec, options, batches, contexts, new_tokens, name=name)
@@ -117,9 +117,9 @@ def bench(
         note(f"note: {warning}")
 
 
-def _print(name: str, results: list[SpeedResult], cache_memory: int) -> None:
+def _print(name: str, results: list[SpeedResult], cache_budget: int) -> None:
     from skimp.cli.output import bytes_text, percent, print_table, rate_text
-    from skimp.meter.cases import CACHE_MEMORY
+    from skimp.meter.cases import CACHE_BYTES
 
     first = results[0]
     title = (
@@ -128,9 +128,9 @@ def _print(name: str, results: list[SpeedResult], cache_memory: int) -> None:
     )
     limits = {r.case.label: r.case.limited_by for r in results if r.case.limited_by is not None}
     if limits:
-        title += f"\nmax: as many sequences as {bytes_text(cache_memory)} of cache hold"
+        title += f"\nmax: as many sequences as {bytes_text(cache_budget)} of cache hold"
     for label, limit in limits.items():
-        if limit != CACHE_MEMORY:
+        if limit != CACHE_BYTES:
             title += f"; {label}: no more because of {limit}"
     columns = [
         "batch x context", "tokens/s", "ms/step", "spread", "predicted", "limit", "of limit",

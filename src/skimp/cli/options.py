@@ -41,12 +41,12 @@ MaxContext = Annotated[
 Batches = Annotated[
     list[str] | None,
     typer.Option(
-        help="Sequences at once: 1,8,32; max: as many as --cache-memory holds; repeatable.",
+        help="Sequences at once: 1,8,32; max: as many as --cache-bytes holds; repeatable.",
         metavar="N[,N...]",
         show_default="1",
     ),
 ]
-CacheMemory = Annotated[
+CacheBytes = Annotated[
     str | None,
     typer.Option(
         help="Memory of the cache, the same for every model, e.g. 256m or 2g.",
@@ -103,15 +103,15 @@ def parse_batches(values: list[str]) -> list[int | None]:
     )
 
 
-def parse_cache_memory(text: str | None) -> int | None:
+def parse_bytes(text: str | None) -> int | None:
     """Bytes such as ``256m`` or ``2g`` (of 1024). ValueError for more than a cache can have."""
     from skimp.cache import MOST_BYTES
 
     if text is None:
         return None
-    found = parse_count(text, "cache_memory", units="kmg", example="256m or 2g")
+    found = parse_count(text, "cache_bytes", units="kmg", example="256m or 2g")
     if found > MOST_BYTES:
-        raise ValueError(f"cache_memory: {text} exceeds the {MOST_BYTES:,} bytes a cache can have")
+        raise ValueError(f"cache_bytes: {text} exceeds the {MOST_BYTES:,} bytes a cache can have")
     return found
 
 

@@ -51,7 +51,7 @@ def price(
         list[str] | None,
         typer.Option(help="Prompt tokens: 128,1k; repeatable.", metavar="N[,N...]"),
     ] = None,
-    cache_memory: opt.CacheMemory = None,
+    cache_bytes: opt.CacheBytes = None,
     task: asking.Files = None,
     kind: asking.Kind = None,
     max_items: asking.MaxItems = None,
@@ -94,7 +94,7 @@ def price(
     zero is inside the noise. Tasks (see skimp eval) are asked of every model, and their scores
     compared item by item; --retrieval asks for what was said once, far back. Speed is measured in
     rounds that go through all models in turn, all loaded at once if memory holds them. --batch max
-    times each model at the most sequences that --cache-memory holds, and the gain is in tokens/s.
+    times each model at the most sequences that --cache-bytes holds, and the gain is in tokens/s.
 
     \b
     Examples:
@@ -102,7 +102,7 @@ def price(
       skimp price ./model ./int8 ./int4 --batch 1,8,32 --html price.html
       skimp price ./model ./int4 --task blimp.jsonl.xz --max-items 2000 --markdown price.md
       skimp price ./model ./local --retrieval 512,1k
-      skimp price ./model ./gqa --cache-memory 1g --batch 1,max --context 1k,8k
+      skimp price ./model ./gqa --cache-bytes 1g --batch 1,max --context 1k,8k
     """
     from skimp.cli.evaluate import read_text
     from skimp.cli.models import model_spec
@@ -116,7 +116,9 @@ def price(
 
     batches = opt.parse_batches(batch or ["1"])
     contexts = opt.parse_counts(context or ["128"], "context")
-    memory = opt.parse_cache_memory(cache_memory)
+    memory = opt.parse_bytes(cache_bytes)
+    if None in batches and memory is None:
+        raise ValueError("batch: max needs the cache_bytes that every model shall fill")
     longest = None if window is None else opt.parse_count(window, "window")
     limit = None if max_bytes is None else opt.parse_count(max_bytes, "max_bytes")
     if rounds < 1:
@@ -154,7 +156,7 @@ def price(
     for name in [base, *outs]:
         model, changes = split_entry(name)
         if memory is not None and "cache_bytes" in changes:
-            raise ValueError(f"cache_memory: is the same for every model, and {name} has its own")
+            raise ValueError(f"cache_bytes: is the same for every model, and {name} has its own")
         options = opt.engine_options(**{**given, **changes})
         spec = model_spec(model)
         positions = options.max_context or spec.max_positions

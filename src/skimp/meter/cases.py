@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from skimp.engine.options import EngineOptions
     from skimp.model.spec import ModelSpec
 
+SPARE_TOKENS = 2  # that a request is granted beyond those that are timed, so that none ends early
 MOST_SEQUENCES = 4096  # of a largest batch, whatever the memory
-CACHE_MEMORY = "cache memory"
+CACHE_BYTES = "cache_bytes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,13 @@ class Case:
 
 
 def holds(arena: Arena, options: EngineOptions, case: Case) -> bool:
-    """Whether a cache holds every sequence of a case up to its last token."""
+    """Whether a cache admits each request of a case, and holds all of them up to their last
+    token."""
+    layout, last = arena.layout, case.context + case.new_tokens
+    admitted = layout.pages_needed(last + SPARE_TOKENS, options.step_tokens)
     # A step that is launched before the last timed one has landed holds one token more.
-    tokens = case.context + case.new_tokens + options.overlaps
-    return arena.could_hold([case.batch * n for n in arena.layout.pages_needed(tokens)])
+    grown = layout.pages_needed(last + options.overlaps)
+    return arena.could_hold(admitted) and arena.could_hold([case.batch * n for n in grown])
 
 
 def holds_prompts(arena: Arena, options: EngineOptions, case: Case) -> bool:
@@ -109,7 +113,7 @@ def plan_cases(
         try:
             arena = Arena(layout, options.cache_bytes, "meta")
         except ValueError as error:
-            raise ValueError(f"cache_memory: {error} ({name})") from error
+            raise ValueError(f"cache_bytes: {error} ({name})") from error
 
     def grown(batch: int) -> EngineOptions:
         """The options for at least this batch."""
@@ -121,7 +125,7 @@ def plan_cases(
 
     def at_most(context: int) -> Case:
         if arena is None:
-            raise ValueError(f"batch: max needs the cache_memory that {name} shall fill")
+            raise ValueError(f"batch: max needs the cache_bytes that {name} shall fill")
         case = Case(batch=1, context=context, new_tokens=new_tokens)
         ceiling, limit = MOST_SEQUENCES, f"{MOST_SEQUENCES} sequences"
         for field, most in (("token_budget", options.token_budget), ("max_batch", max_batch)):
@@ -134,12 +138,14 @@ def plan_cases(
 
         batch = largest(fits, ceiling)
         if not batch:
-            needed = arena.layout.bytes_needed(context + new_tokens + 1, options.step_tokens)
+            needed = arena.layout.bytes_needed(
+                context + new_tokens + SPARE_TOKENS, options.step_tokens
+            )
             raise ValueError(
-                f"cache_memory: {options.cache_bytes:,} bytes hold no sequence of {context} tokens "
+                f"cache_bytes: {options.cache_bytes:,} bytes hold no sequence of {context} tokens "
                 f"and {new_tokens} new ones of {name}, which needs about {needed:,}"
             )
-        bound = limit if batch == ceiling and fits(batch + 1) else CACHE_MEMORY
+        bound = limit if batch == ceiling and fits(batch + 1) else CACHE_BYTES
         return replace(case, batch=batch, limited_by=bound)
 
     cases = [

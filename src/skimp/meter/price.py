@@ -95,7 +95,7 @@ class CacheUse:
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One model's line of the table; the base has no ``comparison``. ``cache`` has an entry a
-    context, ``cache_memory`` is the bytes that the engine has for all sequences. ``warnings``: what
+    context, ``cache_budget`` is the bytes that the engine has for all sequences. ``warnings``: what
     makes its figures doubtful."""
 
     name: str
@@ -104,7 +104,7 @@ class Row:
     weight_bytes_per_token: float
     cache_bytes_per_token: int
     cache: tuple[CacheUse, ...]
-    cache_memory: int
+    cache_budget: int
     quality: QualityResult
     comparison: Comparison | None
     speed: tuple[Gain, ...]
@@ -127,7 +127,7 @@ class Row:
                 {"context": use.context, "bytes": use.bytes, "bytes_read": use.bytes_read}
                 for use in self.cache
             ],
-            "cache_memory_bytes": self.cache_memory,
+            "cache_budget_bytes": self.cache_budget,
             "bits_per_byte": quality.bits_per_byte,
             "ci95": list(quality.ci95),
             "loss": 0.0 if found is None else found.paired.bits_per_byte,
@@ -320,7 +320,7 @@ def _row(
             )
             for context in dict.fromkeys(gain.result.case.context for gain in speed)
         ),
-        cache_memory=arena.budget_bytes,
+        cache_budget=arena.budget_bytes,
         quality=quality,
         comparison=comparison,
         speed=speed,

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from skimp.cost import Hardware, ModelWork, SequenceStep, StepCost, predict, step_cost
-from skimp.meter.cases import Case, check_case
+from skimp.meter.cases import SPARE_TOKENS, Case, check_case
 from skimp.meter.work import engine_threads
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class SpeedResult:
     contexts: tuple[int, ...]
     round_ms: tuple[float, ...]
     first_token_ms: float  # until every prompt of the batch has its first token
-    cache_bytes: int  # pages that all sequences hold with their last tokens
+    cache_bytes_held: int  # pages that all sequences hold with their last tokens
     bytes_per_step: float
     bandwidth_gb_s: float
     limit_ms: float
@@ -90,7 +90,7 @@ class SpeedResult:
             "ms_per_step": self.ms_per_step,
             "tokens_per_s": self.tokens_per_s,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
-            "cache_bytes": self.cache_bytes,
+            "cache_bytes_held": self.cache_bytes_held,
             "bytes_per_step": round(self.bytes_per_step),
             "bandwidth_gb_s": self.bandwidth_gb_s,
             "limit_ms": self.limit_ms,
@@ -201,7 +201,10 @@ def time_generation(
     so that none outgrows the others. Raises ValueError if the engine's context ends before."""
     from skimp.decoding.params import SamplingParams
 
-    params = SamplingParams(max_tokens=None, temperature=0.0, ignore_eos=True)
+    # More than are timed, so that none ends before.
+    room = engine.max_context - max(map(len, prompts))
+    tokens = max(1, min(steps + SPARE_TOKENS, room))
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     ids = [engine.add_request(prompt, params) for prompt in prompts]
     lengths = dict.fromkeys(ids, 0)
     times: list[float] = []
@@ -271,7 +274,7 @@ def _result(
         contexts=contexts,
         round_ms=tuple(medians),
         first_token_ms=statistics.median(r.prefill_s for r in rounds) * 1e3,
-        cache_bytes=case.batch * layout.bytes_held(case.context + case.new_tokens),
+        cache_bytes_held=case.batch * layout.bytes_held(case.context + case.new_tokens),
         bytes_per_step=cost.bytes_read,
         bandwidth_gb_s=hardware.limit_bandwidth(cost),
         limit_ms=hardware.limit_s(cost) * 1e3,

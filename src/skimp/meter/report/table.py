@@ -6,7 +6,7 @@ import io
 import re
 from dataclasses import dataclass
 
-from skimp.meter.cases import CACHE_MEMORY
+from skimp.meter.cases import CACHE_BYTES
 from skimp.meter.price import Price, Row, TaskPrice, inside_noise
 from skimp.meter.tasks import TaskResult
 
@@ -220,11 +220,11 @@ def _largest(rows: tuple[Row, ...]) -> str:
     others = (
         f"{name} at {case.context}: no more because of {case.limited_by}; "
         for name, case in found
-        if case.limited_by != CACHE_MEMORY
+        if case.limited_by != CACHE_BYTES
     )
     return (
         f"max: as many sequences of a context and its {found[0][1].new_tokens} new tokens as "
-        f"{_bytes(rows[0].cache_memory)} of cache hold, and the gain is over the base at its own "
+        f"{_bytes(rows[0].cache_budget)} of cache hold, and the gain is over the base at its own "
         "most; cache held: by all of them at their last token; " + "".join(others)
     )
 
@@ -240,7 +240,7 @@ def _speed(row: Row, *, held: bool) -> list[tuple[str, ...]]:
             f"{g.spread:.0%}",
             f"{g.predicted:.2f}x",
             f"{g.result.first_token_ms:,.1f} ms",
-            *([_bytes(g.result.cache_bytes)] if held else []),
+            *([_bytes(g.result.cache_bytes_held)] if held else []),
         )
         for g in row.speed
     ]
