@@ -42,6 +42,7 @@ def run(engine: Engine, batch: int) -> None:
     ("spec", "options"),
     [
         (FULL, {}),
+        (FULL, {"cache_bytes": 300_000}),  # less than one of the longest context would need
         (FULL, {"cache_dtype": "int8", "page_tokens": 32}),
         (FULL, {"cache_dtype": "int4"}),
         (FULL, {"overlap": True, "backend": "plain"}),

@@ -399,7 +399,7 @@ def test_charts_are_drawn_in_a_browser_without_a_network(tmp_path: Path, chart: 
 
 @pytest.mark.slow
 @needs_chromium
-@pytest.mark.parametrize(("width", "height"), [(1200, 2200), (420, 5200)])
+@pytest.mark.parametrize(("width", "height"), [(1200, 2260), (420, 5200)])
 def test_the_whole_page_is_readable_in_a_wide_and_a_narrow_window(
     tmp_path: Path, width: int, height: int
 ) -> None:
