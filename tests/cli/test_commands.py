@@ -169,6 +169,22 @@ def test_bench_table(skimp, model_dir: Path) -> None:
     assert "predicted" in result.stdout
 
 
+def test_bench_of_the_largest_batch(skimp, model_dir: Path) -> None:
+    common = ("bench", model_dir, "--context", "8,40", "--new-tokens", 3, "--rounds", 1)
+    asked = (*common, "--batch", "1,max", "--cache-bytes", "64k")
+    result = skimp(*asked)
+    assert result.exit_code == 0, result.output
+    assert "max: as many sequences as 65.5 kB of cache hold\n" in result.stdout
+    for found in one_object(skimp(*asked, "--json"))["results"][2:]:
+        assert found["asked_batch"] == "max" and found["batch_limited_by"] == "cache_bytes"
+        assert found["batch"] > 1 and found["cache_bytes_held"] <= 64 << 10
+        assert f"max {found['batch']} x {found['context']}  " in result.stdout
+    limited = skimp(*common, "--batch", "max", "--cache-bytes", "1m", "--token-budget", 9)
+    assert "max 9 x 8: no more because of token_budget 9; max 9 x 40: no" in limited.stdout
+    refused = skimp(*common, "--batch", "max")
+    assert refused.exit_code == 2 and "batch: max needs the cache_bytes" in refused.stderr
+
+
 def test_eval(skimp, model_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("The fox ran.\n<|endoftext|>\n" + "A long tale. " * 60)

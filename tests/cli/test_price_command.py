@@ -53,6 +53,61 @@ def test_json_markdown_and_page(skimp, model_dir: Path, text: Path, tmp_path: Pa
     assert page.read_text().count("<svg") == 3
 
 
+def test_contexts_and_a_fixed_cache(skimp, model_dir: Path, text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    markdown, page = tmp_path / "price.md", tmp_path / "price.html"
+    smaller = f"{model_dir}@cache_dtype=int8"
+    common = (
+        "price", model_dir, smaller, "--text", text, "--context", "16,48", "--new-tokens", 8,
+        "--rounds", 1,
+    )  # fmt: skip
+    done = skimp(
+        *common, "--cache-bytes", "128k", "--batch", "1,max", "--json", "--markdown", markdown,
+        "--html", page,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    base, row = found["base"], found["rows"][0]
+    for each in (base, row):
+        assert each["cache_budget_bytes"] == 128 << 10
+        assert [(s["asked_batch"], s["context"]) for s in each["speed"]] == [
+            ("1", 16), ("1", 48), ("max", 16), ("max", 48),
+        ]  # fmt: skip
+        assert [s["batch_limited_by"] for s in each["speed"]] == [None] * 2 + ["cache_bytes"] * 2
+        assert all(s["cache_bytes_held"] <= each["cache_budget_bytes"] for s in each["speed"])
+        # The text is read in windows that the cache holds.
+        assert each["window"] == base["window"] <= (128 << 10) // 256
+    # Pages of 16 tokens: 256 bytes a token, or 80.
+    held = [[use["bytes"] for use in each["cache_bytes_by_context"]] for each in (base, row)]
+    assert held == [[16 * 256, 48 * 256], [16 * 80, 48 * 80]]
+    for mine, theirs in zip(row["speed"][2:], base["speed"][2:]):
+        assert mine["batch"] > 2 * theirs["batch"]
+        assert mine["gain"] == pytest.approx(mine["tokens_per_s"] / theirs["tokens_per_s"])
+        more = mine["batch"] / theirs["batch"]
+        assert mine["predicted_gain"] == pytest.approx(
+            more * theirs["predicted_ms"] / mine["predicted_ms"]
+        )
+    batch = base["speed"][3]["batch"]
+    assert f"| max {batch} x 48 |" in markdown.read_text()
+    assert "cache at 48" in markdown.read_text() and "131 kB of cache" in markdown.read_text()
+    assert "Gain by context, largest batch" in page.read_text()
+    for wrong, named in (
+        (["--batch", "max"], "batch: max needs the cache_bytes"),
+        (["--cache-bytes", "9k"], "cache_bytes: 9,216 bytes hold no sequence of 48"),
+        (["--cache-bytes", "big"], "cache_bytes: 'big'"),
+        (["--cache-bytes", "900g"], "cache_bytes: 900g exceeds"),
+        (["--cache-bytes", "128k", "--batch", "40"], "batch: 40 sequences of 16 tokens"),
+        (["--cache-bytes", "32k", "--window", "200"], "window: 200 tokens do not fit the 32,768"),
+    ):
+        refused = skimp(*common, "--batch", "max", *wrong)
+        assert refused.exit_code == 2 and refused.stderr.count("\n") == 1
+        assert named in refused.stderr, refused.stderr
+    own = skimp("price", model_dir, f"{model_dir}@cache_bytes=9999", "--cache-bytes", "1m")
+    assert own.exit_code == 2 and "cache_bytes: is the same for every model" in own.stderr
+    few = skimp("price", model_dir, f"{model_dir}@max_batch=2", "--batch", "3", "--context", "16")
+    assert few.exit_code == 2 and "batch: 3 sequences exceed max_batch 2" in few.stderr
+
+
 def test_tasks_are_held_against_the_base(
     skimp, model_dir: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -127,7 +127,8 @@ def test_never_fits_is_refused_and_the_rest_served() -> None:
 def test_the_default_arena_is_what_the_cost_model_plans() -> None:
     engine = Engine(tiny_decoder(), None, OPTIONS)
     plan = memory_plan(engine.work, batch=8, context=1024, step_tokens=64)
-    assert engine.cache.arena.budget_bytes == plan.cache_bytes
+    # Rounded up to whole chunks, so that all sequences fit.
+    assert plan.cache_bytes <= engine.cache.arena.budget_bytes <= 1.02 * plan.cache_bytes
     whole = engine.cache.layout.bytes_needed(1024, 64, 8)
     assert abs(plan.cache_bytes / whole - 1) < 0.1  # the arena's own rounding into chunks
     alone = Engine(tiny_decoder(), None, dataclasses.replace(OPTIONS, max_batch=1))

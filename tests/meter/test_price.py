@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,17 @@ from skimp.errors import SkimpWarning
 from skimp.formats.weight import WeightFormat
 from skimp.meter import calibrate
 from skimp.meter.divergence import Comparison, DivergenceResult, PairedDifference
-from skimp.meter.price import Candidate, Price, Row, TaskPrice, disk_bytes, gains, price
+from skimp.meter.price import (
+    CacheUse,
+    Candidate,
+    Price,
+    Row,
+    TaskPrice,
+    disk_bytes,
+    gains,
+    graph_warning,
+    price,
+)
 from skimp.meter.probe import FormatRefused
 from skimp.meter.quality import QualityResult
 from skimp.meter.report import as_markdown, as_text, write_html
@@ -73,7 +84,7 @@ def test_price_reads_and_times_every_model(tmp_path: Path) -> None:
     ]
     desktop = hardware_by_name("desktop")
     cases = [Case(batch=2, context=8, new_tokens=2)]
-    found = price(candidates, TEXT, cases, [desktop] * 3, rounds=2, context=128)
+    found = price(candidates, TEXT, [cases] * 3, [desktop] * 3, rounds=2, context=128)
     base, same, other = (row.as_dict() for row in (found.base, *found.rows))
     assert base["kl"] == 0 and base["disk_bytes"] == 3
     assert same["kl"] == pytest.approx(0, abs=1e-9) and same["inside_noise"]
@@ -85,18 +96,22 @@ def test_price_reads_and_times_every_model(tmp_path: Path) -> None:
     assert base["cache_bytes_per_token"] == work.cache_bytes_per_token
     assert all(row["speed"][0]["predicted_gain"] == 1 for row in (base, same, other))
     with pytest.raises(ValueError, match="OUT"):
-        price(candidates[:1], TEXT, cases, [desktop])
+        price(candidates[:1], TEXT, [cases], [desktop])
 
 
-def result(ms: tuple[float, ...], *, predicted: float, batch: int = 1) -> SpeedResult:
+def result(
+    ms: tuple[float, ...], *, predicted: float, batch: int = 1, context: int = 128,
+    limited_by: str | None = None,
+) -> SpeedResult:  # fmt: skip
     middle = sorted(ms)[len(ms) // 2]
+    case = Case(batch=batch, context=context, new_tokens=4, limited_by=limited_by)
     return SpeedResult(
-        case=Case(batch=batch, context=128, new_tokens=4), device="cpu", dtype="bfloat16",
+        case=case, device="cpu", dtype="bfloat16",
         backend="native", threads=2, hardware="a test", ms_per_step=middle, spread=0.1,
         prefill_tokens_per_s=1000.0, prefill_spread=0.1, prefill_of_peak=0.5, rounds=len(ms),
-        samples=4 * len(ms), contexts=(130,) * batch, round_ms=ms, first_token_ms=128.0,
-        bytes_per_step=1e6, bandwidth_gb_s=10.0, limit_ms=0.1, predicted_ms=predicted,
-        predicted_prefill_tokens_per_s=900.0, bound="memory",
+        samples=4 * len(ms), contexts=(context + 2,) * batch, round_ms=ms, first_token_ms=128.0,
+        cache_bytes_held=batch << 21, bytes_per_step=1e6, bandwidth_gb_s=10.0, limit_ms=0.1,
+        predicted_ms=predicted, predicted_prefill_tokens_per_s=900.0, bound="memory",
     )  # fmt: skip
 
 
@@ -110,6 +125,28 @@ def test_gains_are_ratios_to_the_base_and_their_spread_is_paired() -> None:
     assert gain.as_dict()["tokens_per_s"] == pytest.approx(1e3 / 6)
 
 
+def test_a_gain_counts_the_tokens_of_each_ones_own_batch() -> None:
+    base = [result((10.0, 12.0, 18.0), predicted=8.0, batch=4, limited_by="cache_bytes")]
+    more = [result((15.0, 18.0, 27.0), predicted=10.0, batch=12, limited_by="max_batch 12")]
+    (gain,) = gains(base, more)
+    assert gain.gain == pytest.approx(2.0)  # three times the tokens in one and a half the time
+    assert gain.predicted == pytest.approx(2.4)
+    assert gain.spread == pytest.approx(0.0)
+    found = gain.as_dict()
+    assert (found["batch"], found["asked_batch"]) == (12, "max")
+    assert found["batch_limited_by"] == "max_batch 12"
+
+
+def test_batches_beyond_cuda_graphs_are_warned_of() -> None:
+    graphs = pytest.importorskip("skimp.engine.graphs")
+    most = graphs.MOST_GRAPHED
+    cases = [Case(batch=2, context=8), Case(batch=most + 1, context=8)]
+    assert graph_warning(SimpleNamespace(backend_name="native"), cases) is None
+    assert graph_warning(SimpleNamespace(backend_name="triton"), cases[:1]) is None
+    found = graph_warning(SimpleNamespace(backend_name="triton"), cases)
+    assert found is not None and f"a batch of {most + 1}" in found
+
+
 def test_rounds_go_through_all_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     from skimp.meter import speed
 
@@ -121,7 +158,7 @@ def test_rounds_go_through_all_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = engine(), engine(seed=1)
     desktop = hardware_by_name("desktop")
     found = bench_together(
-        [a, b], [Case(batch=2, context=8, new_tokens=2)], [desktop] * 2, rounds=2
+        [a, b], [[Case(batch=2, context=8, new_tokens=2)]] * 2, [desktop] * 2, rounds=2
     )
     assert seen == [a, b, b, a, a, b]
     assert [len(r) for r in found] == [1, 1]
@@ -165,21 +202,35 @@ def tasks(loss: float | None) -> tuple[TaskPrice, ...]:
     return (TaskPrice(result=own, differences=differences),)
 
 
-def make_price() -> Price:
-    def row(name: str, found: Comparison | None, ms: float, weights: float) -> Row:
-        def speed(ms: float, predicted: float) -> list[SpeedResult]:
-            return [
-                result((ms, ms), predicted=predicted),
-                result((2 * ms, 2.2 * ms), predicted=2 * predicted, batch=8),
-            ]
+def make_price(contexts: tuple[int, ...] = (128,), *, largest: bool = False) -> Price:
+    """Two models beside a base; ``largest``: the second batch is the most that a memory holds."""
 
-        own = speed(ms, ms if found is None else ms + 0.5)
+    def row(name: str, found: Comparison | None, ms: float, weights: float) -> Row:
+        def speed(ms: float, predicted: float, batch: int) -> list[SpeedResult]:
+            limit = "cache_bytes" if largest else None
+            return [
+                *(result((ms, ms), predicted=predicted, context=c) for c in contexts),
+                *(
+                    result(
+                        (2 * ms, 2.2 * ms), predicted=2 * predicted, batch=batch, context=c,
+                        limited_by=limit,
+                    )
+                    for c in contexts
+                ),
+            ]  # fmt: skip
+
+        own = speed(ms, ms if found is None else ms + 0.5, 12 if largest and found else 8)
         return Row(
             name=name, disk_bytes=10**8, resident_weight_bytes=weights,
             weight_bytes_per_token=weights, cache_bytes_per_token=16384,
+            cache=tuple(
+                CacheUse(context=c, bytes=int(ms) * c * 1000, bytes_read=int(ms) * c * 900)
+                for c in contexts
+            ),
+            cache_budget=10**9,
             quality=compared(0.0, 0.0, 0.0).base if found is None else found.other,
             comparison=found,
-            speed=gains(speed(10.0, 10.0), own),
+            speed=gains(speed(10.0, 10.0, 8), own),
             tasks=tasks(None if found is None else 0.5 * found.paired.bits_per_byte),
         )  # fmt: skip
 
@@ -222,6 +273,39 @@ def test_tables_fit_a_terminal_of_a_hundred_columns() -> None:
     grid = [line for line in lines if line not in notes]
     assert len(lines) - len(grid) == 4 and max(map(len, grid)) <= 100
     assert any(line.split() == ["(1.1000", "to", "1.3000)"] for line in lines)
+
+
+def test_several_contexts_and_a_largest_batch_in_the_tables(tmp_path: Path) -> None:
+    found = make_price((128, 1024, 4096), largest=True)
+    takes, speed = tables(found)[-2:]
+    assert takes.columns[-3:] == ("cache at 128", "cache at 1,024", "cache at 4,096")
+    assert takes.rows[1][-3:] == ("768 kB", "6.14 MB", "24.6 MB")
+    assert [row[1] for row in speed.rows[:6]] == [
+        "1 x 128", "1 x 1024", "1 x 4096", "max 8 x 128", "max 8 x 1024", "max 8 x 4096",
+    ]  # fmt: skip
+    assert speed.rows[9][1] == "max 12 x 128" and speed.rows[9][-1] == "25.2 MB"
+    assert "1 GB of cache" in speed.note and "no more because" not in speed.note
+    lines = as_text(found).splitlines()
+    for table in (takes, speed):
+        for row in table.rows:
+            assert any(all(cell in line for cell in row) for line in lines), row
+    limited = dataclasses.replace(found.rows[0].speed[3].result.case, limited_by="max_batch 12")
+    first = found.rows[0].speed[3]
+    first = dataclasses.replace(first, result=dataclasses.replace(first.result, case=limited))
+    row = dataclasses.replace(found.rows[0], speed=(first,))
+    note = tables(dataclasses.replace(found, rows=(row,)))[-1].note
+    assert "int8 <b> at 128: no more because of max_batch 12; " in note
+
+
+def test_gains_and_cache_are_drawn_along_the_contexts(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    write_html(make_price((128, 1024), largest=True), tmp_path / "price.html")
+    page = (tmp_path / "price.html").read_text()
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == [
+        "Loss against gain", "Gain by context, batch 1", "Gain by context, largest batch",
+        "Cache of a sequence by context", "Bytes read for a token",
+    ]  # fmt: skip
+    assert page.count("<svg") == 5 and page.count("tokens of context") == 3
 
 
 def test_markdown_has_whole_lines() -> None:
@@ -315,7 +399,7 @@ def test_charts_are_drawn_in_a_browser_without_a_network(tmp_path: Path, chart: 
 
 @pytest.mark.slow
 @needs_chromium
-@pytest.mark.parametrize(("width", "height"), [(1200, 2200), (420, 5200)])
+@pytest.mark.parametrize(("width", "height"), [(1200, 2260), (420, 5200)])
 def test_the_whole_page_is_readable_in_a_wide_and_a_narrow_window(
     tmp_path: Path, width: int, height: int
 ) -> None:

@@ -198,6 +198,11 @@ class CacheLayout:
         tokens, at most ``step`` appended at a time."""
         return tuple(group.max_pages(length, step) for group in self.groups)
 
+    def bytes_held(self, length: int) -> int:
+        """Bytes of the pages that one sequence of ``length`` tokens holds as it generates: the most
+        on its way there, as a window slides over page borders."""
+        return sum(n * g.page_bytes for n, g in zip(self.pages_needed(length), self.groups))
+
     def bytes_needed(self, length: int, step: int = 1, sequences: int = 1) -> int:
         """An arena budget that holds ``sequences`` such sequences, nothing shared, in chunks of
         the size that :meth:`choose_chunk_bytes` gives."""

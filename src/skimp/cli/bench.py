@@ -17,16 +17,14 @@ def bench(
         str | None,
         typer.Argument(metavar="[MODEL]", help="Directory, Hub id or embedded model."),
     ] = None,
-    batch: Annotated[
-        list[str] | None,
-        typer.Option(help="Sequences at once; 1,8,32 or repeated.", metavar="N", show_default="1"),
-    ] = None,
+    batch: opt.Batches = None,
     context: Annotated[
         list[str] | None,
         typer.Option(
             help="Tokens before generation; 128,1k or repeated.", metavar="N", show_default="128"
         ),
     ] = None,
+    cache_bytes: opt.CacheBytes = None,
     new_tokens: Annotated[
         int, typer.Option(help="Steps a round, of which the later half is timed.", metavar="N")
     ] = 64,
@@ -63,28 +61,27 @@ def bench(
     \b
     Examples:
       skimp bench tales --batch 1,8,32 --context 128,1k
+      skimp bench tales --batch max --cache-bytes 256m --context 128,1k
       skimp bench --random-weights config.json --dtype bfloat16 --threads 2 --json
     """
     from skimp.cli.models import load_engine, model_spec, random_engine
     from skimp.cli.output import note, print_json, progress_text
     from skimp.cost.machine import busy_note
     from skimp.meter.calibrate import engine_hardware
-    from skimp.meter.speed import Case
+    from skimp.meter.cases import plan_cases
     from skimp.meter.speed import bench as run
 
     if (model is None) == (random_weights is None):
         raise ValueError("MODEL: name a model, or a shape with --random-weights, not both")
-    batches = opt.parse_counts(batch or ["1"], "batch")
+    batches = opt.parse_batches(batch or ["1"])
     contexts = opt.parse_counts(context or ["128"], "context")
-    cases = [Case(batch=b, context=c, new_tokens=new_tokens) for b in batches for c in contexts]
     if rounds < 1:
         raise ValueError(f"rounds: at least 1, not {rounds}")
     if token_budget is not None and token_budget < 1:
         raise ValueError(f"token_budget: at least 1, not {token_budget}")
-    # Sequences of a batch start up to a step apart for each token_budget of prompt before them.
-    lag = max(-(-b * c // (token_budget or 512)) + 8 for b in batches for c in contexts)
-    needed = max(contexts) + new_tokens + lag + 1
-    limit = model_spec(str(model if random_weights is None else random_weights)).max_positions
+    name = str(model if random_weights is None else random_weights)
+    spec = model_spec(name)
+    limit = spec.max_positions
     if max(contexts) + new_tokens + 1 > limit:
         raise ValueError(
             f"context: {max(contexts)} and {new_tokens} new tokens do not fit the model's "
@@ -97,15 +94,16 @@ def bench(
         backend=backend,
         cache_dtype=cache_dtype,
         token_budget=token_budget,
-        max_batch=max(2, *batches),
-        max_context=min(needed, limit),
+        cache_bytes=opt.parse_bytes(cache_bytes),
+        max_context=min(max(contexts) + new_tokens + 8, limit),
     )
+    cases, options = plan_cases(spec, options, batches, contexts, new_tokens, name=name)
     with progress_text(not (quiet or json_output)) as progress:
         progress("loading")
         engine = (
-            random_engine(random_weights, options, seed=seed)
+            random_engine(name, options, seed=seed)
             if random_weights is not None
-            else load_engine(str(model), options)
+            else load_engine(name, options)
         )
         progress("measuring the machine")
         hardware = engine_hardware(engine)
@@ -114,26 +112,33 @@ def bench(
         found = [r.as_dict() for r in results]
         print_json(found[0] if len(found) == 1 else {"results": found})
     else:
-        _print(model or str(random_weights), results)
+        _print(name, results, engine.cache.arena.budget_bytes)
     if (warning := busy_note()) is not None:
         note(f"note: {warning}")
 
 
-def _print(name: str, results: list[SpeedResult]) -> None:
+def _print(name: str, results: list[SpeedResult], cache_budget: int) -> None:
     from skimp.cli.output import bytes_text, percent, print_table, rate_text
+    from skimp.meter.cases import CACHE_BYTES
 
     first = results[0]
     title = (
         f"{name}: {first.dtype}, {first.device} ({first.backend} kernels, {first.threads} threads)"
         f", {first.rounds} rounds of {first.steps} steps\n{first.hardware}"
     )
+    limits = {r.case.label: r.case.limited_by for r in results if r.case.limited_by is not None}
+    if limits:
+        title += f"\nmax: as many sequences as {bytes_text(cache_budget)} of cache hold"
+    for label, limit in limits.items():
+        if limit != CACHE_BYTES:
+            title += f"; {label}: no more because of {limit}"
     columns = [
         "batch x context", "tokens/s", "ms/step", "spread", "predicted", "limit", "of limit",
         "read/step", "bound by", "prefill tok/s", "spread", "of peak", "predicted",
     ]  # fmt: skip
     rows = [
         [
-            f"{r.case.batch} x {r.case.context}",
+            r.case.label,
             rate_text(r.tokens_per_s),
             f"{r.ms_per_step:.3f}",
             percent(r.spread),

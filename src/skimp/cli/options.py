@@ -38,6 +38,22 @@ MaxContext = Annotated[
         show_default=False,
     ),
 ]
+Batches = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Sequences at once: 1,8,32; max: as many as --cache-bytes holds; repeatable.",
+        metavar="N[,N...]",
+        show_default="1",
+    ),
+]
+CacheBytes = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of the cache, the same for every model, e.g. 256m or 2g.",
+        metavar="SIZE",
+        show_default=False,
+    ),
+]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Same tokens whatever else runs, bit for bit.")
 ]
@@ -62,14 +78,14 @@ MaxTokens = Annotated[
 ]
 
 
-def parse_count(text: str, field: str) -> int:
-    """A count such as ``4096``, ``32k`` (of 1024) or ``1m``. ValueError names ``field``."""
-    factors = {"k": 1 << 10, "m": 1 << 20}
+def parse_count(text: str, field: str, *, units: str = "km", example: str = "4096 or 32k") -> int:
+    """A count such as ``4096``, ``32k`` (of 1024) or ``1m``. ``units`` are the letters it may end
+    in, each 1,024 of the one before. ValueError names ``field``."""
     body = text.strip().lower().replace("_", "")
-    factor = factors.get(body[-1:], 1)
+    factor = 1 << 10 * (units.find(body[-1:]) + 1 if body else 0)
     digits = body[:-1] if factor > 1 else body
     if not digits.isascii() or not digits.isdigit() or len(digits) > 12 or int(digits) == 0:
-        raise ValueError(f"{field}: {text!r} is not a count such as 4096 or 32k")
+        raise ValueError(f"{field}: {text!r} is not a count such as {example}")
     return int(digits) * factor
 
 
@@ -77,6 +93,26 @@ def parse_counts(values: list[str], field: str) -> list[int]:
     """Counts from repeated options and comma-separated lists, in order, each once."""
     counts = [parse_count(part, field) for value in values for part in value.split(",")]
     return list(dict.fromkeys(counts))
+
+
+def parse_batches(values: list[str]) -> list[int | None]:
+    """Batches like :func:`parse_counts`; ``max`` is None."""
+    parts = dict.fromkeys(part.strip().lower() for value in values for part in value.split(","))
+    return list(
+        dict.fromkeys(None if part == "max" else parse_count(part, "batch") for part in parts)
+    )
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """Bytes such as ``256m`` or ``2g`` (of 1024). ValueError for more than a cache can have."""
+    from skimp.cache import MOST_BYTES
+
+    if text is None:
+        return None
+    found = parse_count(text, "cache_bytes", units="kmg", example="256m or 2g")
+    if found > MOST_BYTES:
+        raise ValueError(f"cache_bytes: {text} exceeds the {MOST_BYTES:,} bytes a cache can have")
+    return found
 
 
 def engine_options(**values: Any) -> EngineOptions:

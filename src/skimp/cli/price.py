@@ -14,9 +14,9 @@ from skimp.cli import tasks as asking
 
 if TYPE_CHECKING:
     from skimp.engine.options import EngineOptions
+    from skimp.meter.cases import Case
     from skimp.meter.price import Price
     from skimp.meter.retrieval import Retrieval
-    from skimp.meter.speed import Case
     from skimp.model.spec import ModelSpec
 
 RECENT_S = 600.0
@@ -46,14 +46,12 @@ def price(
         str | None,
         typer.Option(help="Longest window of text; what fits by default.", metavar="TOKENS"),
     ] = None,
-    batch: Annotated[
-        list[str] | None,
-        typer.Option(help="Sequences at once: 1,8,32; repeatable.", metavar="N[,N...]"),
-    ] = None,
+    batch: opt.Batches = None,
     context: Annotated[
         list[str] | None,
         typer.Option(help="Prompt tokens: 128,1k; repeatable.", metavar="N[,N...]"),
     ] = None,
+    cache_bytes: opt.CacheBytes = None,
     task: asking.Files = None,
     kind: asking.Kind = None,
     max_items: asking.MaxItems = None,
@@ -95,7 +93,8 @@ def price(
     The loss is bits per byte above the base's on the same text; a row whose 95 % interval holds
     zero is inside the noise. Tasks (see skimp eval) are asked of every model, and their scores
     compared item by item; --retrieval asks for what was said once, far back. Speed is measured in
-    rounds that go through all models in turn, all loaded at once if memory holds them.
+    rounds that go through all models in turn, all loaded at once if memory holds them. --batch max
+    times each model at the most sequences that --cache-bytes holds, and the gain is in tokens/s.
 
     \b
     Examples:
@@ -103,20 +102,23 @@ def price(
       skimp price ./model ./int8 ./int4 --batch 1,8,32 --html price.html
       skimp price ./model ./int4 --task blimp.jsonl.xz --max-items 2000 --markdown price.md
       skimp price ./model ./local --retrieval 512,1k
+      skimp price ./model ./gqa --cache-bytes 1g --batch 1,max --context 1k,8k
     """
     from skimp.cli.evaluate import read_text
     from skimp.cli.models import model_spec
     from skimp.cli.output import note, print_json, progress_text
     from skimp.cost.machine import busy_note
+    from skimp.meter.cases import plan_cases
     from skimp.meter.price import Price
     from skimp.meter.report import as_markdown, as_text, write_html
     from skimp.meter.report.html import require_charts
     from skimp.meter.retrieval import Retrieval
-    from skimp.meter.speed import Case
 
-    batches = opt.parse_counts(batch or ["1"], "batch")
+    batches = opt.parse_batches(batch or ["1"])
     contexts = opt.parse_counts(context or ["128"], "context")
-    cases = [Case(batch=b, context=c, new_tokens=new_tokens) for b in batches for c in contexts]
+    memory = opt.parse_bytes(cache_bytes)
+    if None in batches and memory is None:
+        raise ValueError("batch: max needs the cache_bytes that every model shall fill")
     longest = None if window is None else opt.parse_count(window, "window")
     limit = None if max_bytes is None else opt.parse_count(max_bytes, "max_bytes")
     if rounds < 1:
@@ -148,18 +150,16 @@ def price(
         "device": device,
         "threads": threads,
         "backend": backend,
-        "max_batch": max(asking.BATCH if task or hidden else 2, *batches),
+        "cache_bytes": memory,
     }
     entries = []
     for name in [base, *outs]:
         model, changes = split_entry(name)
-        entry = Entry(
-            name=name,
-            model=model,
-            spec=model_spec(model),
-            options=opt.engine_options(**{**given, **changes}),
-        )
-        positions = entry.spec.max_positions
+        if memory is not None and "cache_bytes" in changes:
+            raise ValueError(f"cache_bytes: is the same for every model, and {name} has its own")
+        options = opt.engine_options(**{**given, **changes})
+        spec = model_spec(model)
+        positions = options.max_context or spec.max_positions
         if max(contexts) + new_tokens + 1 > positions:
             raise ValueError(
                 f"context: {max(contexts)} and {new_tokens} new tokens do not fit the "
@@ -170,9 +170,18 @@ def price(
                 f"retrieval: {max(hidden.contexts)} tokens and an answer do not fit the "
                 f"{positions} positions of {model}"
             )
-        entries.append(entry)
-    if longest is None:
-        longest = min(e.options.max_context or e.spec.max_positions for e in entries) - 1
+        cases, options = plan_cases(
+            spec,
+            options,
+            batches,
+            contexts,
+            new_tokens,
+            name=name,
+            max_batch=changes.get("max_batch"),
+            least_batch=asking.BATCH if task or hidden else 2,
+        )
+        entries.append(Entry(name=name, model=model, spec=spec, options=options, cases=cases))
+    longest = min(longest_window(entry, longest) for entry in entries)
     groups = fitting(entries)
     prices = []
     with progress_text(not (quiet or json_output)) as progress:
@@ -181,7 +190,6 @@ def price(
                 _price(
                     group,
                     content,
-                    cases,
                     asked,
                     hidden,
                     {"rounds": rounds, "context": longest, "max_bytes": limit, "seed": seed},
@@ -206,12 +214,39 @@ def price(
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A model as it is named, and the engine it shall have."""
+    """A model as it is named, the engine it shall have, and what is timed of it."""
 
     name: str
     model: str
     spec: ModelSpec
     options: EngineOptions
+    cases: list[Case]
+
+
+def longest_window(entry: Entry, asked: int | None) -> int:
+    """Tokens of the windows that text is read in: ``asked``, or what an engine's context and cache
+    hold. Raises ValueError if a cache of chosen size does not hold a window."""
+    from skimp.cache import Arena
+    from skimp.cost.memory import largest
+    from skimp.meter.work import engine_layout
+
+    options = entry.options
+    longest = asked or (options.max_context or entry.spec.max_positions) - 1
+    if options.cache_bytes is None:
+        return longest
+    layout = engine_layout(entry.spec, options)
+    arena = Arena(layout, options.cache_bytes, "meta")
+
+    def fits(tokens: int) -> bool:
+        return arena.could_hold(layout.pages_needed(tokens + 1, options.step_tokens))
+
+    held = largest(fits, longest)
+    if not held or (asked is not None and held < asked):
+        raise ValueError(
+            f"window: {longest} tokens do not fit the {options.cache_bytes:,} cache bytes of "
+            f"{entry.name}, which hold {held}"
+        )
+    return held
 
 
 def fitting(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -239,7 +274,6 @@ def fitting(entries: Sequence[Entry]) -> list[list[Entry]]:
 def _price(
     entries: Sequence[Entry],
     content: str,
-    cases: list[Case],
     asked: asking.Asked,
     hidden: Retrieval | None,
     options: dict[str, Any],
@@ -248,7 +282,7 @@ def _price(
     from skimp.cli.evaluate import calibration_warning
     from skimp.cli.models import load_engine
     from skimp.meter.calibrate import engine_hardware
-    from skimp.meter.price import Candidate, price
+    from skimp.meter.price import Candidate, graph_warning, price
     from skimp.model.locate import locate_model
     from skimp.shrink.curve import read_curves
 
@@ -257,13 +291,16 @@ def _price(
         progress(f"loading {entry.name}")
         engine = load_engine(entry.model, entry.options)
         directory = locate_model(entry.model)
-        warning = calibration_warning(engine, directory, content, options["max_bytes"])
+        warnings = (
+            calibration_warning(engine, directory, content, options["max_bytes"]),
+            graph_warning(engine, entry.cases),
+        )
         candidates.append(
             Candidate(
                 name=entry.name,
                 directory=directory,
                 engine=engine,
-                warnings=() if warning is None else (warning,),
+                warnings=tuple(filter(None, warnings)),
                 healing=read_curves(directory),
             )
         )
@@ -273,7 +310,7 @@ def _price(
     return price(
         candidates,
         content,
-        cases,
+        [entry.cases for entry in entries],
         hardware,
         tasks=asked.tasks,
         generation=asked.generation,

@@ -55,7 +55,7 @@ def max_batch(work: ModelWork, *, context: int, budget_bytes: float, page_tokens
         plan = memory_plan(work, batch=batch, context=context, page_tokens=page_tokens)
         return plan.total_bytes <= budget_bytes
 
-    return _largest(fits, 1 << 24)
+    return largest(fits, 1 << 24)
 
 
 def max_context(work: ModelWork, *, batch: int, budget_bytes: float, page_tokens: int = 16) -> int:
@@ -65,10 +65,11 @@ def max_context(work: ModelWork, *, batch: int, budget_bytes: float, page_tokens
         plan = memory_plan(work, batch=batch, context=context, page_tokens=page_tokens)
         return plan.total_bytes <= budget_bytes
 
-    return _largest(fits, work.max_positions)
+    return largest(fits, work.max_positions)
 
 
-def _largest(fits: Callable[[int], bool], ceiling: int) -> int:
+def largest(fits: Callable[[int], bool], ceiling: int) -> int:
+    """The largest number from 1 to ``ceiling`` that ``fits``, if all below it do; 0 for none."""
     if not fits(1):
         return 0
     low, high = 1, ceiling

@@ -101,8 +101,8 @@ class Engine:
             max_batch=options.max_batch,
             max_logits=max_logits,
         )
-        self._overlap = options.device == "cuda" if options.overlap is None else options.overlap
-        self._overlap &= proposer is None  # guesses follow from tokens that the host has seen
+        # Guesses follow from tokens that the host has seen.
+        self._overlap = options.overlaps and proposer is None
         self._flight: Flight | None = None  # launched, and not landed
         self._numbers = itertools.count()
         self._acceptor = DrawAndCompare(Sampler())
@@ -122,8 +122,9 @@ class Engine:
         return cls(decoder, Tokenizer.load(path), options)
 
     def _default_cache_bytes(self, layout: CacheLayout) -> int:
-        """What the cost model says a full batch needs, within a share of the free memory, but
-        always the arena that one sequence of the longest context wants."""
+        """What the cost model says a full batch needs, rounded up to the arena's chunks, within a
+        share of the free memory, but always the arena that one sequence of the longest context
+        wants."""
         options = self.options
         least = layout.bytes_needed(self.max_context, options.step_tokens)
         plan = memory_plan(
@@ -140,7 +141,9 @@ class Engine:
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         share = int(free * MAX_CACHE_SHARE[options.device])
-        return min(max(min(int(plan.cache_bytes), share), min(least, free)), MOST_BYTES)
+        whole = layout.bytes_needed(self.max_context, sequences=options.max_batch)
+        wanted = max(int(plan.cache_bytes), whole)
+        return min(max(min(wanted, share), min(least, free)), MOST_BYTES)
 
     # ---- requests -------------------------------------------------------------------------
 

@@ -81,6 +81,11 @@ class EngineOptions:
         """The token budget, chosen or the device's."""
         return self.token_budget or (8192 if self.device == "cuda" else 512)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether steps overlap, as chosen or as the device has it."""
+        return self.device == "cuda" if self.overlap is None else self.overlap
+
     def _check_count(self, name: str, value: Any, *, least: int = 1) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise OptionError(f"{name}: expected a whole number of at least {least}, got {value!r}")

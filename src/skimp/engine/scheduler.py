@@ -58,6 +58,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of rank: the first is preempted last
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self.preemptions = 0
+        self.prompts_first = False  # generation waits while a prompt can go on
         self._no_room = False  # the first in the queue found no pages, and none came back since
 
     def add(self, seq: Sequence) -> None:
@@ -83,14 +84,20 @@ class Scheduler:
 
     def schedule(self) -> list[Work]:
         """The next step, with cache room reserved for each part of it."""
+        work = self._schedule(prompts_only=True) if self.prompts_first else []
+        return work or self._schedule(prompts_only=False)
+
+    def _schedule(self, *, prompts_only: bool) -> list[Work]:
         work: list[Work] = []
         budget, logits = self.token_budget, self.max_logits
         preempted = False
         index = 0
         while index < len(self.running) and budget and logits:
             seq = self.running[index]
-            if seq.tokens_left <= 0:  # its last token is drawn, and on its way
-                index += 1
+            assert seq.cache is not None
+            generates = seq.cache.length >= seq.num_prompt
+            if seq.tokens_left <= 0 or (prompts_only and generates):
+                index += 1  # its last token is drawn and on its way, or it waits for prompts
                 continue
             item = self._size(seq, budget, logits)
             while seq.cache is not None and not self.cache.append(seq.cache, item.num_tokens):
@@ -102,7 +109,8 @@ class Scheduler:
             budget -= item.num_tokens
             logits -= item.num_logits
             index += 1
-        if not self.running:
+        # Windows give pages back as a prompt is read, and then generation would take them.
+        if not self.running or prompts_only:
             self._no_room = False
         while self._waiting and budget and logits and not preempted and not self._no_room:
             seq = self._waiting[0][1]

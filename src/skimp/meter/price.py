@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skimp.cost import Hardware, step_cost, uniform
+from skimp.meter.cases import Case, check_case
 from skimp.meter.divergence import Comparison, compare_all
 from skimp.meter.quality import QualityResult
 from skimp.meter.retrieval import Retrieval, run_retrieval
 from skimp.meter.score import Score
-from skimp.meter.speed import Case, SpeedResult, bench_together
+from skimp.meter.speed import SpeedResult, bench_together
 from skimp.meter.taskfiles import Task
 from skimp.meter.tasks import Generation, TaskResult, paired_score, run_task
 
@@ -53,6 +54,8 @@ class Gain:
         first = {
             "batch": found.pop("batch"),
             "context": found.pop("context"),
+            "asked_batch": found.pop("asked_batch"),
+            "batch_limited_by": found.pop("batch_limited_by"),
             "tokens_per_s": found.pop("tokens_per_s"),
             "gain": self.gain,
             "predicted_gain": self.predicted,
@@ -80,15 +83,28 @@ class TaskPrice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CacheUse:
+    """Cache of one sequence of ``context`` tokens: the bytes of the pages that the engine holds for
+    it, and those that a step reads of them."""
+
+    context: int
+    bytes: int
+    bytes_read: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model's line of the table; the base has no ``comparison``. ``warnings``: what makes its
-    figures doubtful."""
+    """One model's line of the table; the base has no ``comparison``. ``cache`` has an entry a
+    context, ``cache_budget`` is the bytes that the engine has for all sequences. ``warnings``: what
+    makes its figures doubtful."""
 
     name: str
     disk_bytes: int
     resident_weight_bytes: float
     weight_bytes_per_token: float
     cache_bytes_per_token: int
+    cache: tuple[CacheUse, ...]
+    cache_budget: int
     quality: QualityResult
     comparison: Comparison | None
     speed: tuple[Gain, ...]
@@ -107,6 +123,11 @@ class Row:
             "resident_weight_bytes": round(self.resident_weight_bytes),
             "weight_bytes_per_token": round(self.weight_bytes_per_token),
             "cache_bytes_per_token": self.cache_bytes_per_token,
+            "cache_bytes_by_context": [
+                {"context": use.context, "bytes": use.bytes, "bytes_read": use.bytes_read}
+                for use in self.cache
+            ],
+            "cache_budget_bytes": self.cache_budget,
             "bits_per_byte": quality.bits_per_byte,
             "ci95": list(quality.ci95),
             "loss": 0.0 if found is None else found.paired.bits_per_byte,
@@ -152,7 +173,7 @@ class Price:
 def price(
     candidates: Sequence[Candidate],
     text: str,
-    cases: Sequence[Case],
+    cases: Sequence[Sequence[Case]],
     hardware: Sequence[Hardware],
     *,
     rounds: int = 5,
@@ -164,14 +185,19 @@ def price(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Price:
-    """Measure ``candidates``, the base first, each on the machine as its engine uses it.
-    ``retrieval`` is asked behind the tasks.
+    """Measure ``candidates``, the base first, each on the machine as its engine uses it, and at
+    cases of its own, which may differ from the base's in their batch. ``retrieval`` is asked
+    behind the tasks.
 
     Raises ValueError if models cannot be compared or a case does not fit.
     """
     base, *others = (candidate.engine for candidate in candidates)
     if not others:
         raise ValueError("OUT: name at least one model to hold against the base")
+    for candidate, own in zip(candidates, cases):
+        engine = candidate.engine
+        for case in own:
+            check_case(engine.cache.arena, engine.options, case, candidate.name)
     if context is None:
         context = min(candidate.engine.max_context for candidate in candidates) - 1
 
@@ -235,19 +261,36 @@ def inside_noise(difference: Score) -> bool:
 
 
 def gains(base: Sequence[SpeedResult], results: Sequence[SpeedResult]) -> tuple[Gain, ...]:
-    """Each case's gain over the base. Rounds are paired: both ran within one round."""
+    """Each case's gain over the base in tokens a second: a step of a larger batch has more of them.
+    Rounds are paired: both ran within one round."""
     found = []
     for old, new in zip(base, results):
+        more = new.case.batch / old.case.batch
         ratios = [a / b for a, b in zip(old.round_ms, new.round_ms)]
         found.append(
             Gain(
                 result=new,
                 gain=new.tokens_per_s / old.tokens_per_s,
-                predicted=old.predicted_ms / new.predicted_ms,
+                predicted=more * old.predicted_ms / new.predicted_ms,
                 spread=(max(ratios) - min(ratios)) / statistics.median(ratios),
             )
         )
     return tuple(found)
+
+
+def graph_warning(engine: Engine, cases: Sequence[Case]) -> str | None:
+    """A line for batches that a GPU's CUDA graphs do not reach."""
+    if engine.backend_name != "triton":
+        return None
+    from skimp.engine.graphs import MOST_GRAPHED
+
+    batch = max(case.batch for case in cases)
+    if batch <= MOST_GRAPHED:
+        return None
+    return (
+        f"a batch of {batch} is launched kernel by kernel: CUDA graphs end at {MOST_GRAPHED} "
+        "sequences"
+    )
 
 
 def disk_bytes(directory: Path) -> int:
@@ -262,13 +305,22 @@ def _row(
     speed: tuple[Gain, ...],
     tasks: tuple[TaskPrice, ...],
 ) -> Row:
-    work = candidate.engine.work
+    work, arena = candidate.engine.work, candidate.engine.cache.arena
     return Row(
         name=candidate.name,
         disk_bytes=disk_bytes(candidate.directory),
         resident_weight_bytes=work.resident_weight_bytes,
         weight_bytes_per_token=step_cost(work, uniform(1, 1)).weight_bytes,
         cache_bytes_per_token=work.cache_bytes_per_token,
+        cache=tuple(
+            CacheUse(
+                context=context,
+                bytes=arena.layout.bytes_held(context),
+                bytes_read=round(step_cost(work, uniform(1, context)).cache_read_bytes),
+            )
+            for context in dict.fromkeys(gain.result.case.context for gain in speed)
+        ),
+        cache_budget=arena.budget_bytes,
         quality=quality,
         comparison=comparison,
         speed=speed,

@@ -1,12 +1,12 @@
 """Measures prefill and generation through the engine, and sets the prediction beside each figure.
 
-A case is a batch and a context. One round of it:
+A case is a batch and a context (``cases.py``). One round of it:
 
 1. ``batch`` fresh prompts of ``context`` random tokens are answered with one token each: prefill.
 2. The same prompts come again (the prefix tree makes their second prefill cheap; without one they
-   are simply computed again). Once every sequence is generating, steps are timed one by one, and
-   the later half of them counts: a long answer reads what weights fit a processor's cache from
-   there, and after other work they come back to it only within several steps.
+   are simply computed again). Once all are read, every sequence generates, steps are timed one by
+   one, and the later half of them counts: a long answer reads what weights fit a processor's cache
+   from there, and after other work they come back to it only within several steps.
 
 Rounds of all cases, and of all engines that are compared, are interleaved, so that a slow minute
 of a shared machine hits them alike.
@@ -24,25 +24,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from skimp.cost import Hardware, ModelWork, SequenceStep, StepCost, predict, step_cost
+from skimp.meter.cases import SPARE_TOKENS, Case, check_case
 from skimp.meter.work import engine_threads
 
 if TYPE_CHECKING:
     from skimp.engine import Engine
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """``batch`` sequences gain ``new_tokens`` tokens each from ``context`` tokens on, and the later
-    half of those steps is timed."""
-
-    batch: int
-    context: int
-    new_tokens: int = 64
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "context", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +60,7 @@ class SpeedResult:
     contexts: tuple[int, ...]
     round_ms: tuple[float, ...]
     first_token_ms: float  # until every prompt of the batch has its first token
+    cache_bytes_held: int  # pages that all sequences hold with their last tokens
     bytes_per_step: float
     bandwidth_gb_s: float
     limit_ms: float
@@ -96,11 +83,14 @@ class SpeedResult:
         return {
             "batch": self.case.batch,
             "context": self.case.context,
+            "asked_batch": self.case.asked_batch,
+            "batch_limited_by": self.case.limited_by,
             "device": self.device,
             "dtype": self.dtype,
             "ms_per_step": self.ms_per_step,
             "tokens_per_s": self.tokens_per_s,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "cache_bytes_held": self.cache_bytes_held,
             "bytes_per_step": round(self.bytes_per_step),
             "bandwidth_gb_s": self.bandwidth_gb_s,
             "limit_ms": self.limit_ms,
@@ -134,16 +124,17 @@ def bench(
 ) -> list[SpeedResult]:
     """Times every case ``rounds`` times, after one round that does not count.
 
-    Raises ValueError if a case does not fit the engine's context or batch.
+    Raises ValueError if a case does not fit the engine's context, batch or cache.
     """
-    return bench_together([engine], cases, [hardware], rounds=rounds, seed=seed, progress=progress)[
-        0
-    ]
+    (found,) = bench_together(
+        [engine], [cases], [hardware], rounds=rounds, seed=seed, progress=progress
+    )
+    return found
 
 
 def bench_together(
     engines: Sequence[Engine],
-    cases: Sequence[Case],
+    cases: Sequence[Sequence[Case]],
     hardware: Sequence[Hardware],
     *,
     rounds: int = 5,
@@ -151,26 +142,31 @@ def bench_together(
     progress: Callable[[str], None] | None = None,
 ) -> list[list[SpeedResult]]:
     """Like :func:`bench` for several engines, each case's rounds going through all of them, every
-    other round in reverse. ``hardware`` is one machine an engine: the machine as it uses it."""
+    other round in reverse. ``cases`` are each engine's own, as many for all: those at one place
+    are held against each other, and may differ in their batch. ``hardware`` is one machine an
+    engine: the machine as it uses it."""
     if rounds < 1:
         raise ValueError(f"rounds: at least 1, not {rounds}")
-    if not cases:
+    if not cases[0]:
         raise ValueError("batch: no case to time")
+    for engine, own in zip(engines, cases):
+        for case in own:
+            check_case(engine.cache.arena, engine.options, case, "the engine")
     rng = random.Random(seed)
-    measured: list[list[list[Round]]] = [[[] for _ in cases] for _ in engines]
+    measured: list[list[list[Round]]] = [[[] for _ in own] for own in cases]
     order = list(range(len(engines)))
     for index in range(rounds + 1):
-        for place, case in enumerate(cases):
+        for place, case in enumerate(cases[0]):
             if progress is not None:
                 what = "warm-up" if index == 0 else f"round {index} of {rounds}"
-                progress(f"batch {case.batch}, context {case.context}: {what}")
+                progress(f"batch {case.asked_batch}, context {case.context}: {what}")
             for which in order[::-1] if index % 2 else order:
-                result = _round(engines[which], case, rng)
+                result = _round(engines[which], cases[which][place], rng)
                 if index:
                     measured[which][place].append(result)
     return [
-        [_result(engine, engine.work, machine, c, r) for c, r in zip(cases, found)]
-        for engine, machine, found in zip(engines, hardware, measured)
+        [_result(engine, engine.work, machine, c, r) for c, r in zip(own, found)]
+        for engine, own, machine, found in zip(engines, cases, hardware, measured)
     ]
 
 
@@ -201,16 +197,19 @@ def time_generation(
     engine: Engine, prompts: Sequence[list[int]], steps: int
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """Seconds of each of the later half of ``steps`` steps in which every prompt gains a token,
-    and the contexts half-way through that half. Raises ValueError if the engine's context ends
-    before."""
+    and the contexts half-way through that half. No sequence generates before all prompts are read,
+    so that none outgrows the others. Raises ValueError if the engine's context ends before."""
     from skimp.decoding.params import SamplingParams
 
-    # Sequences start a few steps apart; each may run until the last one has been timed.
-    params = SamplingParams(max_tokens=None, temperature=0.0, ignore_eos=True)
+    # More than are timed, so that none ends before.
+    room = engine.max_context - max(map(len, prompts))
+    tokens = max(1, min(steps + SPARE_TOKENS, room))
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     ids = [engine.add_request(prompt, params) for prompt in prompts]
     lengths = dict.fromkeys(ids, 0)
     times: list[float] = []
     early = steps // 2
+    engine.scheduler.prompts_first = True
     middle: tuple[int, ...] = ()
     try:
         while len(times) < steps:
@@ -222,16 +221,22 @@ def time_generation(
                 if output.request_id not in lengths:
                     continue
                 lengths[output.request_id] = len(output.outputs[0].token_ids)
-                if output.finished:
+                if output.finished and len(times) + generating < steps:
                     raise ValueError(
                         f"context: {len(prompts[0])} and {steps} new tokens do not fit the "
                         f"engine's {engine.max_context}"
                     )
+            if not generating and max(lengths.values()) > 1:  # no other prompt can go on
+                raise ValueError(
+                    f"batch: {len(prompts)} sequences of {len(prompts[0])} tokens do not fit the "
+                    f"engine's {engine.cache.arena.budget_bytes:,} cache bytes at once"
+                )
             if generating:
                 times.append(took)
                 if len(times) == early + (steps - early + 1) // 2:
                     middle = tuple(len(p) + n for p, n in zip(prompts, lengths.values()))
     finally:
+        engine.scheduler.prompts_first = False
         for request_id in ids:
             engine.abort(request_id)
         while engine.has_unfinished():  # hands out what the aborts left
@@ -248,7 +253,7 @@ def _result(
     contexts = rounds[0].contexts
     cost = step_cost(work, [SequenceStep(context=c) for c in contexts])
     time_ = predict(cost, hardware)
-    budget = engine.options.step_tokens
+    budget, layout = engine.options.step_tokens, engine.cache.layout
     prefill_s = predict_prefill(work, hardware, case, budget)
     flops = sum(cost.flops for cost in prefill_costs(work, case, budget))
     peak = max(rate for _, rate in hardware.matrix_tflops[work.compute_dtype]) * 1e12
@@ -269,6 +274,7 @@ def _result(
         contexts=contexts,
         round_ms=tuple(medians),
         first_token_ms=statistics.median(r.prefill_s for r in rounds) * 1e3,
+        cache_bytes_held=case.batch * layout.bytes_held(case.context + case.new_tokens),
         bytes_per_step=cost.bytes_read,
         bandwidth_gb_s=hardware.limit_bandwidth(cost),
         limit_ms=hardware.limit_s(cost) * 1e3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from skimp.cache import CacheLayout
 from skimp.cost import ModelWork, memory_plan, model_work
 from skimp.cost.machine import free_memory as cpu_free
 
@@ -28,20 +29,19 @@ def spec_work(spec: ModelSpec, dtype: str | None = None, **cache: Any) -> ModelW
     return model_work(spec, cache_specs(spec, dtype, **cache), dtype=dtype)
 
 
+def engine_layout(spec: ModelSpec, options: EngineOptions) -> CacheLayout:
+    """The pages that an engine of ``spec`` will have."""
+    from skimp.model.caches import cache_specs
+
+    specs = cache_specs(spec, _engine_dtype(spec, options), **_cache_options(options))
+    return CacheLayout.from_specs(specs, page_tokens=options.page_tokens)
+
+
 def engine_bytes(spec: ModelSpec, options: EngineOptions, free: float) -> float:
     """Bytes of memory that an engine of ``spec`` will take of those that are ``free``."""
     from skimp.engine.engine import MAX_CACHE_SHARE
 
-    dtype: str = options.dtype
-    if dtype == "auto":
-        dtype = "float32" if spec.dtype == "float16" else spec.dtype
-    work = spec_work(
-        spec,
-        dtype,
-        cache_dtype=options.cache_dtype,
-        cache_recent=options.cache_recent,
-        cache_hadamard=options.cache_hadamard,
-    )
+    work = spec_work(spec, _engine_dtype(spec, options), **_cache_options(options))
     plan = memory_plan(
         work,
         batch=options.max_batch,
@@ -51,6 +51,18 @@ def engine_bytes(spec: ModelSpec, options: EngineOptions, free: float) -> float:
     )
     cache = options.cache_bytes or min(plan.cache_bytes, free * MAX_CACHE_SHARE[options.device])
     return plan.weight_bytes + plan.workspace_bytes + cache
+
+
+def _engine_dtype(spec: ModelSpec, options: EngineOptions) -> str:
+    """The dtype that an engine loads weights in."""
+    if options.dtype != "auto":
+        return options.dtype
+    return "float32" if spec.dtype == "float16" else spec.dtype
+
+
+def _cache_options(options: EngineOptions) -> dict[str, Any]:
+    names = ("cache_dtype", "cache_recent", "cache_hadamard")
+    return {name: getattr(options, name) for name in names}
 
 
 def free_memory(device: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import re
 from html import escape
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 
 from skimp.errors import OptionError
 from skimp.meter.price import Price
+from skimp.meter.report.charts import INK, WIDTH, Chart, charts
 from skimp.meter.report.table import Table, parted, tables
-
-WIDTH = 5.2  # inches of a chart: some 375 CSS pixels, so its letters are the page's size
-INK = "#010203"  # stands for the page's text colour until the SVG is inside the page
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -75,20 +72,13 @@ def require_charts() -> None:
 def write_html(price: Price, file: Path) -> None:
     """Write the page. Raises OptionError where matplotlib is missing."""
     require_charts()
-    charts = [
-        ("Loss against gain", _loss_chart),
-        ("Predicted and achieved gain", _gain_chart),
-        ("Bytes read for a token", _bytes_chart),
-    ]
-    if any(row.healing for row in price.rows):
-        charts.append(("Healing", _healing_chart))
     names = ", ".join(row.name for row in price.rows)
     page = _PAGE.format(
         title=escape(f"{price.base.name} against {names}"),
         tables="\n".join(map(_table, tables(price))),
         charts="\n".join(
-            f"<figure><figcaption>{title}</figcaption>\n{_svg(draw, price)}</figure>"
-            for title, draw in charts
+            f"<figure><figcaption>{escape(chart.title)}</figcaption>\n{_svg(chart, price)}</figure>"
+            for chart in charts(price)
         ),
     )
     file.write_text(page, encoding="utf-8")
@@ -118,7 +108,7 @@ def _cell(text: str) -> str:
     return f"<span>{escape(figure)}{small}</span>"
 
 
-def _svg(draw: Any, price: Price) -> str:
+def _svg(chart: Chart, price: Price) -> str:
     """The chart as an ``<svg>`` element in the page's colours, with nothing to load."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -127,96 +117,14 @@ def _svg(draw: Any, price: Price) -> str:
     colours = dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     )
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": draw.__name__, **colours}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": chart.title, **colours}
     style |= {"figure.facecolor": "none", "axes.facecolor": "none", "legend.framealpha": 0.0}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
         FigureCanvasSVG(figure)
-        draw(figure.subplots(), price)
+        chart.draw(figure.subplots(), price)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     return text.replace(INK, "currentColor")
-
-
-def _loss_chart(axes: Any, price: Price) -> None:
-    """A colour a model, a marker a case."""
-    for index, row in enumerate(price.rows):
-        assert row.comparison is not None
-        found = row.comparison.divergence
-        low, high = found.ci95
-        error = [[max(0.0, found.kl - low)], [max(0.0, high - found.kl)]]
-        for gain, marker in zip(row.speed, itertools.cycle("osD^vP*X")):
-            case = gain.result.case
-            axes.errorbar(
-                [gain.gain],
-                [found.kl],
-                yerr=error,
-                fmt=marker,
-                color=f"C{index % 10}",
-                capsize=3,
-                label=f"{_short(row.name)}, {case.batch} x {case.context}",
-            )
-    axes.axvline(1.0, color=INK, linewidth=0.6, linestyle=":")
-    axes.set(xlabel="gain in tokens/s over the base", ylabel="KL to the base, nats/token")
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    _legend(axes)
-
-
-def _gain_chart(axes: Any, price: Price) -> None:
-    labels, achieved, predicted = [], [], []
-    for row in price.rows:
-        for gain in row.speed:
-            case = gain.result.case
-            labels.append(f"{_short(row.name)}\n{case.batch} x {case.context}")
-            achieved.append(gain.gain)
-            predicted.append(gain.predicted)
-    places = _lines(axes, labels)
-    axes.barh([p - 0.2 for p in places], achieved, 0.4, label="achieved")
-    axes.barh([p + 0.2 for p in places], predicted, 0.4, label="predicted")
-    axes.axvline(1.0, color=INK, linewidth=0.6, linestyle=":")
-    axes.set(xlabel="gain in tokens/s over the base")
-    _legend(axes)
-
-
-def _bytes_chart(axes: Any, price: Price) -> None:
-    rows = (price.base, *price.rows)
-    case = price.base.speed[0].result.case
-    weights = [row.weight_bytes_per_token / 1e6 for row in rows]
-    cache = [row.cache_bytes_per_token * case.context / 1e6 for row in rows]
-    places = _lines(axes, [_short(row.name) for row in rows])
-    axes.barh(places, weights, 0.6, label="weights, batch 1")
-    axes.barh(places, cache, 0.6, left=weights, label=f"cache of {case.context} tokens")
-    axes.set(xlabel="MB")
-    _legend(axes)
-
-
-def _healing_chart(axes: Any, price: Price) -> None:
-    """A colour a model, as in the chart of losses."""
-    for index, row in enumerate(price.rows):
-        for curve in row.healing:
-            tokens, kls = zip(*curve)
-            axes.plot(tokens, kls, color=f"C{index % 10}", marker=".", label=_short(row.name))
-    axes.set(xlabel="tokens trained on", ylabel="held-out KL to the original, nats/token")
-    axes.set_ylim(bottom=0.0)
-    _legend(axes)
-
-
-def _lines(axes: Any, labels: list[str]) -> list[int]:
-    """A line of the chart for each label, from the top, and room for all of them."""
-    places = list(range(len(labels)))
-    axes.figure.set_size_inches(WIDTH, max(3.4, 1.6 + 0.45 * len(labels)))
-    axes.set_yticks(places, labels)
-    axes.invert_yaxis()
-    return places
-
-
-def _legend(axes: Any) -> None:
-    """Above the chart, where it hides nothing."""
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize="small")
-
-
-def _short(name: str) -> str:
-    """A model's name without the directories before it."""
-    return name.rstrip("/").rpartition("/")[2]

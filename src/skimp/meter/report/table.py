@@ -6,6 +6,7 @@ import io
 import re
 from dataclasses import dataclass
 
+from skimp.meter.cases import CACHE_BYTES
 from skimp.meter.price import Price, Row, TaskPrice, inside_noise
 from skimp.meter.tasks import TaskResult
 
@@ -45,6 +46,7 @@ def tables(price: Price) -> tuple[Table, ...]:
     turns = "all models loaded and taking turns"
     if not price.together:
         turns = "each model taking turns with the base alone, as memory does not hold all of them"
+    largest = _largest(rows)
     speed = Table(
         title="What it gains",
         columns=(
@@ -56,12 +58,13 @@ def tables(price: Price) -> tuple[Table, ...]:
             "gain spread",
             "predicted gain",
             "first token",
+            *(["cache held"] if largest else []),
         ),
-        rows=tuple(line for row in rows for line in _speed(row)),
+        rows=tuple(line for row in rows for line in _speed(row, held=bool(largest))),
         note=(
             f"{first.device}, {_each(rows, 'dtype')}, {_each(rows, 'backend')} kernels, "
             f"{first.threads} threads; medians of {first.rounds} rounds of {first.steps} steps, "
-            f"{turns}; spread is (slowest - fastest) / median; {first.hardware}"
+            f"{turns}; spread is (slowest - fastest) / median; {largest}{first.hardware}"
         ),
     )
     return (loss, *([_scores(rows)] if price.base.tasks else []), _sizes(rows), speed)
@@ -126,13 +129,24 @@ def _sizes(rows: tuple[Row, ...]) -> Table:
             row.resident_weight_bytes,
             row.weight_bytes_per_token,
             row.cache_bytes_per_token,
+            *(use.bytes for use in row.cache),
         )
         lines.append((row.name, *map(_bytes, sizes)))
     return Table(
         title="What it takes",
-        columns=("model", "on disk", "weights in memory", "weights read/token", "cache/token"),
+        columns=(
+            "model",
+            "on disk",
+            "weights in memory",
+            "weights read/token",
+            "cache/token",
+            *(f"cache at {use.context:,}" for use in rows[0].cache),
+        ),
         rows=tuple(lines),
-        note="read/token: by a step of one sequence; cache/token: what one more token adds",
+        note=(
+            "read/token: by a step of one sequence; cache/token: what one more token adds while no "
+            "window is full; cache at a context: the pages that a sequence of so many tokens holds"
+        ),
     )
 
 
@@ -192,17 +206,41 @@ def _verdict(worse: float, noise: bool) -> str:
     return "inside the noise" if noise else "worse" if worse > 0 else "better"
 
 
-def _speed(row: Row) -> list[tuple[str, ...]]:
+def _largest(rows: tuple[Row, ...]) -> str:
+    """What a largest batch is, and which of them something else than the memory limits; empty
+    where none was asked for."""
+    found = [
+        (row.name, gain.result.case)
+        for row in rows
+        for gain in row.speed
+        if gain.result.case.limited_by is not None
+    ]
+    if not found:
+        return ""
+    others = (
+        f"{name} at {case.context}: no more because of {case.limited_by}; "
+        for name, case in found
+        if case.limited_by != CACHE_BYTES
+    )
+    return (
+        f"max: as many sequences of a context and its {found[0][1].new_tokens} new tokens as "
+        f"{_bytes(rows[0].cache_budget)} of cache hold, and the gain is over the base at its own "
+        "most; cache held: by all of them at their last token; " + "".join(others)
+    )
+
+
+def _speed(row: Row, *, held: bool) -> list[tuple[str, ...]]:
     return [
         (
             row.name,
-            f"{g.result.case.batch} x {g.result.case.context}",
+            g.result.case.label,
             f"{g.result.tokens_per_s:,.1f}",
             f"{g.result.spread:.0%}",
             f"{g.gain:.2f}x",
             f"{g.spread:.0%}",
             f"{g.predicted:.2f}x",
             f"{g.result.first_token_ms:,.1f} ms",
+            *([_bytes(g.result.cache_bytes_held)] if held else []),
         )
         for g in row.speed
     ]
