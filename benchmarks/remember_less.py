@@ -1,10 +1,11 @@
 """Conversions of the embedded model that remember less: each as converted, and healed.
 
-    python benchmarks/remember_less.py --device cuda --work DIR [--jobs N]
+    python benchmarks/remember_less.py --text FILE --work DIR [--device cuda] [--jobs N]
 
-runs ``skimp shrink`` on a recipe for each model named below, twice: the conversion alone, and with
-a heal step behind it, on text that the original writes itself. Recipes, models and ``times.json``
-(seconds a run) are left in DIR; ``skimp price`` says what they cost.
+runs ``skimp shrink`` on two recipes for each conversion below: alone, and with a heal step behind
+it. FILE is any text like what the model will read (``self``: what the model itself writes).
+Recipes, models, logs and ``seconds.json`` are left in DIR; ``skimp price`` says what the models
+cost.
 """
 
 from __future__ import annotations
@@ -16,40 +17,42 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 BASE = "tales"
+CALIBRATION = {"samples": 32, "tokens": 768}
 GQA = {"gqa": {"kv_heads": 2}}
 LOCAL = {"local": {"window": 256, "global_layers": 2}}
-CONVERSIONS: dict[str, list[dict[str, Any]]] = {
-    "gqa": [GQA],
-    "mla": [{"mla": {"latent": 256, "rope": 64}}],
-    "local": [LOCAL],
-    "gqa-local": [GQA, LOCAL],
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """``lr``: what healing begins with; small damage wants small steps."""
+
+    steps: tuple[dict[str, Any], ...]
+    lr: float
+
+
+CONVERSIONS = {
+    "gqa": Conversion((GQA,), lr=1e-3),
+    "mla": Conversion(({"mla": {"latent": 256, "rope": 64}},), lr=1e-3),
+    "local": Conversion((LOCAL,), lr=3e-4),
+    "gqa-local": Conversion((GQA, LOCAL), lr=1e-3),
 }
-CALIBRATION = {"samples": 32, "tokens": 768}
 
 
-def heal_step(device: str, tokens: int, self_tokens: int, batch: int, lr: float) -> dict[str, Any]:
-    return {
-        "heal": {
-            "text": "self",
-            "self_tokens": self_tokens,
-            "tokens": tokens,
-            "batch": batch,
-            "micro_batch": min(batch, 32768),
-            "length": min(batch, 2047),
-            "lr": lr,
-            "device": device,
-        }
-    }
+def recipes(name: str, heal: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """By the name of what comes out, the steps of a conversion without and with healing."""
+    own = CONVERSIONS[name]
+    return {name: [*own.steps], f"{name}-healed": [*own.steps, {"heal": heal | {"lr": own.lr}}]}
 
 
 def shrink(name: str, steps: list[dict[str, Any]], work: Path) -> float:
-    """Seconds."""
+    """Seconds that ``skimp shrink`` took."""
     recipe = work / f"{name}.yaml"
     content = {"calibration": CALIBRATION, "steps": steps}
     recipe.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -65,25 +68,32 @@ def shrink(name: str, steps: list[dict[str, Any]], work: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--text", default="self", help="a file, or self")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=40_000_000)
-    parser.add_argument("--self-tokens", type=int, default=4_000_000)
-    parser.add_argument("--batch", type=int, default=32768)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--tokens", type=int, default=20_000_000)
+    parser.add_argument("--batch", type=int, default=16384)
+    parser.add_argument("--length", type=int, default=2047)
     parser.add_argument("--only", nargs="+", default=list(CONVERSIONS), choices=CONVERSIONS)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    heal = heal_step(given.device, given.tokens, given.self_tokens, given.batch, given.lr)
+    heal = {
+        "text": given.text if given.text == "self" else str(Path(given.text).resolve()),
+        "tokens": given.tokens,
+        "batch": given.batch,
+        "micro_batch": given.batch,
+        "length": min(given.length, given.batch),
+        "device": given.device,
+    }
     runs: dict[str, list[dict[str, Any]]] = {}
     for name in given.only:
-        runs |= {name: CONVERSIONS[name], f"{name}-healed": [*CONVERSIONS[name], heal]}
+        runs |= recipes(name, heal)
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // given.jobs))
     with ThreadPoolExecutor(given.jobs) as pool:
         took = pool.map(lambda name: shrink(name, runs[name], given.work), runs)
-        times = {name: round(seconds, 1) for name, seconds in zip(runs, took)}
-    (given.work / "times.json").write_text(json.dumps(times, indent=1), encoding="utf-8")
-    print(json.dumps(times))
+        seconds = {name: round(one, 1) for name, one in zip(runs, took)}
+    (given.work / "seconds.json").write_text(json.dumps(seconds, indent=1), encoding="utf-8")
+    print(json.dumps(seconds))
 
 
 if __name__ == "__main__":

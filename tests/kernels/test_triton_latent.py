@@ -6,12 +6,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
+
+from hopper import ptx_of  # noqa: E402
 
 from skimp.cache.layout import CacheLayout  # noqa: E402
 from skimp.kernels.ops import LatentParams, StepInputs  # noqa: E402
@@ -165,7 +168,7 @@ GPU_SHAPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("page", [16, 32])
+@pytest.mark.parametrize("page", [16, 32, 64])
 @pytest.mark.parametrize("spec", SHAPES + GPU_SHAPES * ON_GPU, ids=lambda s: f"{s.num_heads}")
 def test_steps(spec: LatentAttentionSpec, page: int, dtype: torch.dtype) -> None:
     """Prefill, then chunks and generation mixed, then generation alone, with padding and a
@@ -207,3 +210,10 @@ def test_whole_prompts_are_expanded(spec: LatentAttentionSpec) -> None:
     rows = [(0, 0, 290), (1, 0, 200)]
     twins.check(rows, whole=(0, 290, 490))
     twins.check([(0, 290, 1)])  # what it stored
+
+
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """Blocks come asynchronously, and nothing of them goes through registers."""
+    ptx = ptx_of("compile_latent.py", cache=tmp_path)
+    assert ptx.count("cp.async.cg") >= 36 and ptx.count("mma.sync") > 100
+    assert ".local" not in ptx

@@ -95,6 +95,16 @@ def test_untrusted_text_makes_no_control_tokens(backends: dict[str, Backend]) ->
     assert tokenizer.encode("<tool>") == [tokenizer.token_id("<tool>")]  # added, but no control
 
 
+def test_many_texts_at_once(backends: dict[str, Backend]) -> None:
+    texts = ["one", "", "two <|im_end|> three", "four " * 50] * 20
+    for name, backend in backends.items():
+        tokenizer = Tokenizer(backend.to_str(), {})
+        one_by_one = [tokenizer.encode_plain(text) for text in texts]
+        assert tokenizer.encode_many(texts) == one_by_one, name
+        with pytest.raises(TokenizerError, match="not valid Unicode"):
+            tokenizer.encode_many(["fine", "\ud800"])
+
+
 def test_chat_markers_are_control_even_when_not_marked_special() -> None:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

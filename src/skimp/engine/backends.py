@@ -188,10 +188,10 @@ def choose_backend(
     usable = usable and missing is None
     caches = [layout.layer_cache(index) for index in range(decoder.spec.num_layers)]
     if options.backend == "native" or (options.backend == "auto" and usable):
-        if options.page_tokens % structs.PANEL:
+        if layout.page_tokens % structs.PANEL:
             raise OptionError(
                 f"page_tokens: the native backend needs a multiple of {structs.PANEL}, "
-                f"got {options.page_tokens}"
+                f"got {layout.page_tokens}"
             )
         # A step walks every page once a layer: with 4 KiB pages address translation dominates.
         native.advise_huge(buffers.arena)

@@ -75,7 +75,7 @@ class Engine:
         )
         self.work = model_work(decoder.spec, specs, dtype=dtype)
         self.max_context = _max_context(decoder, options)
-        layout = CacheLayout.from_specs(specs, page_tokens=options.page_tokens)
+        layout = CacheLayout.from_specs(specs, page_tokens=options.page_size(decoder.spec))
         budget = options.cache_bytes or self._default_cache_bytes(layout)
         try:
             arena = Arena(layout, budget, options.device)
@@ -131,7 +131,7 @@ class Engine:
             self.work,
             batch=options.max_batch,
             context=self.max_context,
-            page_tokens=options.page_tokens,
+            page_tokens=layout.page_tokens,
             step_tokens=options.step_tokens,
         )
         if options.device == "cuda":

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from skimp.errors import OptionError
 from skimp.model.caches import CacheDType
+from skimp.model.spec import LatentAttentionSpec, ModelSpec
 
 Backend = Literal["auto", "native", "triton", "plain"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
@@ -21,9 +22,9 @@ class EngineOptions:
     ``token_budget`` is the most prompt and generated tokens one step computes (None: 512, or 8,192
     on a GPU). ``deterministic`` makes every request's tokens independent of what else is in the
     batch, bit by bit; float32 on the native backend is so anyway. ``max_context`` defaults to the
-    model's own limit. ``page_tokens`` must be a multiple of 16 on the native backend. ``overlap``
-    launches a step before the one before it has been read (None: on a GPU), where the requests
-    allow it: no token changes.
+    model's own limit. ``page_tokens`` must be a multiple of 16 on the native backend (None:
+    16, or 64 where a GPU reads latents, in blocks of so many). ``overlap`` launches a step before
+    the one before it has been read (None: on a GPU), where the requests allow it: no token changes.
 
     ``cache_dtype`` is how keys and values are remembered: ``auto`` (what the checkpoint asks for,
     else as the weights), ``bfloat16``, ``float32``, or rounded to ``fp8``, ``int8`` or ``int4``;
@@ -39,7 +40,7 @@ class EngineOptions:
     max_batch: int = 64
     token_budget: int | None = None
     max_context: int | None = None
-    page_tokens: int = 16
+    page_tokens: int | None = None
     cache_dtype: CacheDType = "auto"
     cache_recent: int | None = None
     cache_hadamard: bool | None = None
@@ -49,9 +50,8 @@ class EngineOptions:
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "page_tokens"):
-            self._check_count(name, getattr(self, name))
-        for name in ("threads", "cache_bytes", "max_context", "token_budget"):
+        self._check_count("max_batch", self.max_batch)
+        for name in ("threads", "cache_bytes", "max_context", "token_budget", "page_tokens"):
             if getattr(self, name) is not None:
                 self._check_count(name, getattr(self, name))
         for name, most in (("max_batch", 1 << 14), ("token_budget", 1 << 20), ("threads", 1024)):
@@ -85,6 +85,11 @@ class EngineOptions:
     def overlaps(self) -> bool:
         """Whether steps overlap, as chosen or as the device has it."""
         return self.device == "cuda" if self.overlap is None else self.overlap
+
+    def page_size(self, spec: ModelSpec) -> int:
+        """Tokens of a page, as chosen or as the device reads them best."""
+        latents = any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers)
+        return self.page_tokens or (64 if self.device == "cuda" and latents else 16)
 
     def _check_count(self, name: str, value: Any, *, least: int = 1) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -34,7 +34,7 @@ def engine_layout(spec: ModelSpec, options: EngineOptions) -> CacheLayout:
     from skimp.model.caches import cache_specs
 
     specs = cache_specs(spec, _engine_dtype(spec, options), **_cache_options(options))
-    return CacheLayout.from_specs(specs, page_tokens=options.page_tokens)
+    return CacheLayout.from_specs(specs, page_tokens=options.page_size(spec))
 
 
 def engine_bytes(spec: ModelSpec, options: EngineOptions, free: float) -> float:
@@ -46,7 +46,7 @@ def engine_bytes(spec: ModelSpec, options: EngineOptions, free: float) -> float:
         work,
         batch=options.max_batch,
         context=options.max_context or spec.max_positions,
-        page_tokens=options.page_tokens,
+        page_tokens=options.page_size(spec),
         step_tokens=options.step_tokens,
     )
     cache = options.cache_bytes or min(plan.cache_bytes, free * MAX_CACHE_SHARE[options.device])

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _MAX_JSON_BYTES = 256 * 2**20  # the largest real tokenizer.json is about 35 MB
+TOGETHER = 32  # texts that :meth:`Tokenizer.encode_many` has encodings of at once
+NOT_UNICODE = "the text is not valid Unicode (a lone surrogate?)"
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
@@ -125,6 +127,21 @@ class Tokenizer:
             found += [i for i in letters if i not in self.control_ids]
         return found
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode_plain` of each text, on all processors."""
+        found: list[list[int]] = []
+        for first in range(0, len(texts), TOGETHER):
+            part = list(texts[first : first + TOGETHER])
+            try:
+                encodings = self._backend.encode_batch_fast(part, add_special_tokens=False)
+            except (UnicodeEncodeError, TypeError):
+                raise TokenizerError(NOT_UNICODE) from None
+            for text, encoding in zip(part, encodings):
+                ids = encoding.ids
+                plain = self.control_ids.isdisjoint(ids)
+                found.append(ids if plain else self.encode_plain(text))
+        return found
+
     def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
         """Ids of consecutive (text, trusted) parts; only trusted text makes control tokens."""
         found: list[int] = []
@@ -164,7 +181,7 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeEncodeError, TypeError):
-            raise TokenizerError("the text is not valid Unicode (a lone surrogate?)") from None
+            raise TokenizerError(NOT_UNICODE) from None
 
     @cached_property
     def _without_added(self) -> Backend:

@@ -20,10 +20,25 @@ from skimp.kernels.triton.cached_heads import (
 )
 from skimp.kernels.triton.launch import let_next_start, wait_for_inputs
 from skimp.kernels.triton.shares import add_shares
-from skimp.kernels.triton.softmax import over_latents, over_memory, prefetch, score_of
+from skimp.kernels.triton.softmax import over_latents, over_memory, score_of
 
 # How a program finds its rows.
 ONE_ROW, ONE_TILE, SEARCH = 0, 1, 2
+
+
+@triton.jit
+def _prefetch(vectors, D: tl.constexpr, ITEM: tl.constexpr):
+    """Bring the vectors at these addresses [M] to the second-level cache."""
+    LINES: tl.constexpr = triton.cdiv(D * ITEM, 128)
+    within = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1) * (128 // ITEM)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [(vectors[:, None] + within[None, :]).to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "num_seqs", "least_rows", "target"])
@@ -193,9 +208,9 @@ def attention_kernel(
             pages_of(table, near, near < stop, PAGE), near, offset, vector, KIND, D + EXTRA, PAGE,
             ITEM,
         )  # fmt: skip
-        prefetch(arena_ptr + near_at, D + EXTRA, ITEM)
+        _prefetch(arena_ptr + near_at, D + EXTRA, ITEM)
         if EXTRA == 0:
-            prefetch(arena_ptr + near_at + PLANE, D, ITEM)
+            _prefetch(arena_ptr + near_at + PLANE, D, ITEM)
     wait_for_inputs(PDL)  # all that was read so far the host has sent
     let_next_start(PDL)
     if FUSED:
@@ -270,7 +285,7 @@ def attention_kernel(
         )
         peak, total, acc = over_latents(
             q, q_extra, peak, total, acc, start, stop, row_end, ok, arena_ptr, table, offset,
-            TWO_PHASE, QK_SCALE, D, DP, PAGE, ITEM, EXTRA, BLOCK_N, PDL,
+            TWO_PHASE, QK_SCALE, D, DP, PAGE, ITEM, EXTRA, BLOCK_N,
         )  # fmt: skip
     elif RECENT > 0:
         edge = tl.maximum(position - (RECENT - 1), row_low)

@@ -277,6 +277,6 @@ def tile_of(lanes: int, dtype: torch.dtype) -> Tile:
     block_m = max(16, triton.next_power_of_2(lanes))
     if dtype == torch.float32:
         return Tile(block_m=block_m, block_n=16, warps=8, stages=1, per_processor=1)
-    # Two blocks of 64 tokens fill the shared memory; 4 warps hold the sums of 32 heads.
-    warps = 4 if block_m <= 32 else 8
-    return Tile(block_m=block_m, block_n=64, warps=warps, stages=2, per_processor=1)
+    # What shared memory holds: queries of more heads lie in it too.
+    stages = 3 if block_m <= 32 else 2
+    return Tile(block_m=block_m, block_n=64, warps=8, stages=stages, per_processor=1)

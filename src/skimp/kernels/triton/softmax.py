@@ -33,21 +33,6 @@ def score_of(raw, QK_SCALE: tl.constexpr, CAP: tl.constexpr):
 
 
 @triton.jit
-def prefetch(vectors, D: tl.constexpr, ITEM: tl.constexpr):
-    """Bring the vectors at these addresses [M] to the second-level cache."""
-    LINES: tl.constexpr = triton.cdiv(D * ITEM, 128)
-    within = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1) * (128 // ITEM)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [(vectors[:, None] + within[None, :]).to(tl.int64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _in_share(keys, low, stop, skip, SKIP: tl.constexpr):
     ok = (keys < stop) & (keys >= low)
     if SKIP:
@@ -59,6 +44,7 @@ def _in_share(keys, low, stop, skip, SKIP: tl.constexpr):
 def _weigh(
     raw,
     peak,
+    total,
     keys,
     ok,
     row_low,
@@ -67,23 +53,21 @@ def _weigh(
     LOWER: tl.constexpr,
     QK_SCALE: tl.constexpr,
     CAP: tl.constexpr,
-    AXIS: tl.constexpr,
 ):
     """One block of the online softmax (Milakov & Gimelshein 2018): its weights, and by how much
-    what was added up before shrinks. ``AXIS`` of the products counts keys, the other one rows."""
+    what was added up before shrinks."""
     scores = score_of(raw, QK_SCALE, CAP)
-    ROW: tl.constexpr = 1 - AXIS
     if MASKED:
-        seen = tl.expand_dims(ok, ROW) & (tl.expand_dims(keys, ROW) < tl.expand_dims(row_end, AXIS))
+        seen = ok[None, :] & (keys[None, :] < row_end[:, None])
         if LOWER:
-            seen = seen & (tl.expand_dims(keys, ROW) >= tl.expand_dims(row_low, AXIS))
+            seen = seen & (keys[None, :] >= row_low[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, AXIS))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
     # Before a row's first visible key its peak is -inf, and differences would be NaN.
     level = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-    weights = tl.exp2(scores - tl.expand_dims(level, AXIS))
+    weights = tl.exp2(scores - level[:, None])
     shrink = tl.exp2(peak - level)
-    return new_peak, weights, shrink
+    return new_peak, total * shrink + tl.sum(weights, 1), weights, shrink
 
 
 @triton.jit
@@ -146,10 +130,9 @@ def _over_keys(
                 k_scale = tl.load(scales_ptr + scale_at)
                 v_scale = tl.load(scales_ptr + scale_at + PLANE // 2)
             raw = raw * k_scale.to(tl.float32)[None, :]
-        peak, weights, shrink = _weigh(
-            raw, peak, keys, here, row_low, row_end, MASKED, LOWER, QK_SCALE, CAP, 1
+        peak, total, weights, shrink = _weigh(
+            raw, peak, total, keys, here, row_low, row_end, MASKED, LOWER, QK_SCALE, CAP
         )
-        total = total * shrink + tl.sum(weights, 1)
         v = load_heads(arena_ptr, at + PLANE, here, MASKED, KIND, D, DP, q.dtype, NATIVE_FP8)
         if KIND > 0:
             weights = weights * v_scale.to(tl.float32)[None, :]
@@ -178,47 +161,30 @@ def _over_latents(
     ITEM: tl.constexpr,
     EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FETCH: tl.constexpr,
 ):
-    """:func:`_over_keys` for latents, with all matrices turned over: q [DP, M], acc [DP, M]. The
-    64 rows that Hopper's tensor cores want at least are then tokens, of which there are always
-    enough, and not heads; what was loaded goes to them from shared memory twice.
-
-    Shared memory holds two blocks, of which the second one's loads are issued when the first has
-    been used. So with ``FETCH`` it is fetched to the second-level cache before.
-    """
+    """:func:`_over_keys` for latents."""
     columns = tl.arange(0, BLOCK_N)
     # A block inside a page needs one place; else each token has its own.
     WITHIN: tl.constexpr = PAGE % BLOCK_N == 0
     near = start if WITHIN else start + columns
     pages = pages_of(table, near, near < stop, PAGE)
-    totals = tl.zeros((BLOCK_N, q.shape[1]), tl.float32)  # each place's own: added up at the end
     for first in tl.range(start, stop, BLOCK_N):
         keys = first + columns
         here = keys < stop if MASKED else None
         at = _latents_at(pages, first, offset, D + EXTRA, PAGE, ITEM, BLOCK_N, WITHIN)
         later = (first if WITHIN else keys) + BLOCK_N  # asked for a block early, see _over_keys
         pages = pages_of(table, later, later < stop, PAGE)
-        if FETCH:
-            next_at = _latents_at(
-                pages, first + BLOCK_N, offset, D + EXTRA, PAGE, ITEM, BLOCK_N, WITHIN
-            )
-            prefetch(arena_ptr + next_at, D + EXTRA, ITEM)
         c = load_heads(arena_ptr, at, here, MASKED, 0, D, DP, q.dtype, False)
         more = load_heads(
-            arena_ptr, at + D, here, MASKED, 0, EXTRA, q_extra.shape[0], q.dtype, False
+            arena_ptr, at + D, here, MASKED, 0, EXTRA, q_extra.shape[1], q.dtype, False
         )
-        raw = tl.dot(c, q, input_precision="ieee")
-        raw = tl.dot(more, q_extra, raw, input_precision="ieee")
-        peak, weights, shrink = _weigh(
-            raw, peak, keys, here, row_end, row_end, MASKED, False, QK_SCALE, 0.0, 0
+        raw = tl.dot(q, tl.trans(c), input_precision="ieee")
+        raw = tl.dot(q_extra, tl.trans(more), raw, input_precision="ieee")
+        peak, total, weights, shrink = _weigh(
+            raw, peak, total, keys, here, row_end, row_end, MASKED, False, QK_SCALE, 0.0
         )
-        totals = totals * shrink[None, :] + weights
-        total = total * shrink
-        acc = tl.dot(
-            tl.trans(c), weights.to(q.dtype), acc * shrink[None, :], input_precision="ieee"
-        )
-    return peak, total + tl.sum(totals, 0), acc
+        acc = tl.dot(weights.to(q.dtype), c, acc * shrink[:, None], input_precision="ieee")
+    return peak, total, acc
 
 
 @triton.jit
@@ -310,10 +276,9 @@ def _over_words(
         k_scale = tl.load(scales_ptr + scale_at, mask=here, other=0.0)
         v_scale = tl.load(scales_ptr + scale_at + PLANE // 2, mask=here, other=0.0)
         raw = raw * k_scale.to(tl.float32)[None, :]
-        peak, weights, shrink = _weigh(
-            raw, peak, keys, here, row_low, row_end, True, LOWER, QK_SCALE, CAP, 1
+        peak, total, weights, shrink = _weigh(
+            raw, peak, total, keys, here, row_low, row_end, True, LOWER, QK_SCALE, CAP
         )
-        total = total * shrink + tl.sum(weights, 1)
         w = (weights * v_scale.to(tl.float32)[None, :]).to(q.dtype)
         v = load_words(words_ptr, at + PLANE // 2, here, KIND, D, DP)
         acc0 = _mix(w, v, acc0 * shrink[:, None], 0, CODE, ASM)
@@ -421,23 +386,19 @@ def over_latents(
     ITEM: tl.constexpr,
     EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    FETCH: tl.constexpr,
 ):
     """:func:`over_memory` where a token is one latent of D numbers and EXTRA more: all of them are
     its key, and the D are its value too."""
-    q = tl.trans(q)
-    q_extra = tl.trans(q_extra)
-    acc = tl.trans(acc)
     if TWO_PHASE:
         all_end = tl.min(tl.where(ok, row_end, 0x7FFFFFFF))
         late = tl.maximum(tl.minimum(all_end, stop) // BLOCK_N * BLOCK_N, start)
         peak, total, acc = _over_latents(
             q, q_extra, peak, total, acc, start, late, row_end, arena_ptr, table, offset, False,
-            QK_SCALE, D, DP, PAGE, ITEM, EXTRA, BLOCK_N, FETCH,
+            QK_SCALE, D, DP, PAGE, ITEM, EXTRA, BLOCK_N,
         )  # fmt: skip
         start = late
     peak, total, acc = _over_latents(
         q, q_extra, peak, total, acc, start, stop, row_end, arena_ptr, table, offset, True,
-        QK_SCALE, D, DP, PAGE, ITEM, EXTRA, BLOCK_N, FETCH,
+        QK_SCALE, D, DP, PAGE, ITEM, EXTRA, BLOCK_N,
     )  # fmt: skip
-    return peak, total, tl.trans(acc)
+    return peak, total, acc

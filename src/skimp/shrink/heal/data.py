@@ -37,14 +37,14 @@ def documents(tokenizer: Tokenizer, text: Path | None, chat: Path | None) -> lis
     skimp. Raises ShrinkError naming file and line.
     """
     if chat is not None:
-        found = chat_documents(chat, tokenizer, "chat")
-        return [np.asarray(ids, dtype=np.int32) for ids in found if ids]
+        talks = chat_documents(chat, tokenizer, "chat")
+        return [np.asarray(ids, dtype=np.int32) for ids in talks if ids]
     path = default_text() if text is None else text
     whole = read_text(path, "text")
     parts = _json_texts(path, whole) if path.suffix == JSON_LINES else split_documents(whole)
     begin = begin_ids(tokenizer)
-    ids = [begin + tokenizer.encode(part, add_special=False) for part in parts if part]
-    return [np.asarray(own, dtype=np.int32) for own in ids if len(own) > len(begin)]
+    found = tokenizer.encode_many([part for part in parts if part])
+    return [np.asarray(begin + ids, dtype=np.int32) for ids in found if ids]
 
 
 def begin_ids(tokenizer: Tokenizer) -> list[int]:
