@@ -13,6 +13,12 @@ from torch import Tensor
 from skimp.kernels.native import matrix as packed
 from skimp.kernels.native import structs
 from skimp.kernels.native.experts import PackedExperts, pack_experts
+from skimp.kernels.native.latent import (
+    EXPAND_ROWS,
+    PackedLatent,
+    groups_of_heads,
+    pack_latent,
+)
 from skimp.kernels.native.library import library
 from skimp.kernels.native.matrix import PackedMatrix, PackedStack
 from skimp.kernels.native.memory import PanelMemory
@@ -375,26 +381,120 @@ class NativeOps:
         program.append(op, held, *program.external(x))
         return out
 
-    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Any:
-        raise NotImplementedError("the native kernels have no latent attention")
+    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> PackedLatent:
+        return pack_latent(linear, spec, self.dtype, self._memory)
 
     def latent_attention(
-        self, queries: Tensor, latents: Tensor, heads: Any, params: LatentParams, step: StepInputs
+        self,
+        queries: Tensor,
+        latents: Tensor,
+        heads: PackedLatent,
+        params: LatentParams,
+        step: StepInputs,
     ) -> Tensor:
-        raise NotImplementedError("the native kernels have no latent attention")
+        program, spec = self.program, params.spec
+        dtype, meta, pages = self._rows_and_pages(params.cache, step)
+        assert queries.dtype == latents.dtype == torch.float32
+        _check_rows(queries, spec.query_dim)
+        _check_rows(latents, spec.cached_dim)
+        empty = program.workspace.empty
+        absorbed = empty(program.max_rows, spec.num_heads * spec.cached_dim, torch.float32)
+        mixed = empty(program.max_rows, spec.num_heads * spec.latent_dim, dtype)
+        out = empty(program.max_rows, spec.out_dim, dtype)
+        expanding = heads.expanding
+        if expanding is not None and expanding.dtype != dtype:
+            expanding = None  # latents are multiplied as they are cached
+        sizes = structs.LatentSizes(
+            latent_dim=spec.latent_dim,
+            rope_dim=spec.rope_dim,
+            nope_dim=spec.nope_dim,
+            value_dim=spec.value_dim,
+            expand_rows=0 if expanding is None else EXPAND_ROWS,
+        )
+        norm, (cos, sin) = _factor(params.latent_norm), _angles(params.rope)
+        append = structs.LatentAppendOp(
+            head=structs.OpHeader(structs.LATENT_APPEND, structs.DTYPES[dtype]),
+            meta=meta,
+            cache=pages,
+            queries=queries.data_ptr(),
+            q_stride=queries.stride(0),
+            absorbed=absorbed.data_ptr(),
+            absorbed_stride=absorbed.stride(0),
+            latents=latents.data_ptr(),
+            latents_stride=latents.stride(0),
+            norm=_address(norm),
+            cos=_address(cos),
+            sin=_address(sin),
+            norm_eps=params.latent_norm.eps,
+            num_heads=spec.num_heads,
+            rotary_dim=0 if cos is None else 2 * cos.shape[1],
+            interleaved=spec.rope is not None and spec.rope.interleaved,
+            sizes=sizes,
+        )
+        program.append(append, step, norm, cos, sin, *program.external(queries, latents))
 
-    def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
-        program = self.program
-        spec, cache = params.spec, params.cache
+        def products(x: Tensor, x_step: int, matrix: PackedMatrix, y: Tensor, y_step: int) -> None:
+            first = x[:, : matrix.in_features], matrix, y[:, : matrix.out_features]
+            product = self._matmul_op(*first)
+            op = structs.HeadProductsOp(
+                head=structs.OpHeader(structs.HEAD_PRODUCTS, structs.DTYPES[dtype]),
+                meta=meta,
+                product=ctypes.addressof(product),
+                x_step=x_step,
+                out_step=y_step,
+                num_heads=spec.num_heads,
+                sizes=sizes,
+            )
+            program.append(op, product, matrix)
+
+        def attend(q: Tensor, result: Tensor, **form: Any) -> None:
+            op = structs.AttendOp(
+                head=structs.OpHeader(structs.ATTEND, structs.DTYPES[dtype]),
+                meta=meta,
+                cache=pages,
+                q=q.data_ptr(),
+                q_stride=q.stride(0),
+                out=result.data_ptr(),
+                out_stride=result.stride(0),
+                scale=spec.scale,
+                num_heads=spec.num_heads,
+                sizes=sizes,
+                **form,
+            )
+            program.append(op, heads)
+
+        query_dim = spec.nope_dim + spec.rope_dim
+        products(queries, query_dim, heads.to_latent, absorbed, spec.cached_dim)
+        attend(
+            absorbed,
+            mixed,
+            latent=structs.ABSORBED,
+            num_kv_heads=groups_of_heads(spec),
+            head_dim=spec.cached_dim,
+        )
+        products(mixed, spec.latent_dim, heads.from_latent, out, spec.value_dim)
+        if expanding is not None:
+            attend(
+                queries,
+                out,
+                latent=structs.EXPANDED,
+                num_kv_heads=spec.num_heads,
+                head_dim=query_dim,
+                made=expanding.data_ptr(),
+            )
+        return out
+
+    def _rows_and_pages(
+        self, cache: LayerCache | None, step: StepInputs
+    ) -> tuple[torch.dtype, structs.RowMeta, structs.CachePages]:
+        """Which rows attend, and what they see of a layer: its dtype and its pages."""
         if cache is None or step.arena is None:
             raise ValueError("the native backend needs a cache: bind the decoder with caches")
         dtype = getattr(torch, cache.spec.dtype)
         if dtype not in structs.DTYPES:
             raise ValueError(f"native kernels cache float32 or bfloat16, not {dtype}")
-        assert qkv.dtype == torch.float32
-        _check_rows(qkv, spec.q_dim + 2 * spec.kv_dim)
         for name in ("positions", "row_seq", "kv_end"):
-            _check_ints(getattr(step, name), program.max_rows, name)
+            _check_ints(getattr(step, name), self.program.max_rows, name)
         meta = structs.RowMeta(
             positions=step.positions.data_ptr(),
             row_seq=step.row_seq.data_ptr(),
@@ -402,11 +502,17 @@ class NativeOps:
             arena=step.arena.data_ptr(),
         )
         assert step.arena.data_ptr() % 64 == 0
-        pages, recent = _pages(cache, step), _pages(cache.recent, step)
+        return dtype, meta, _pages(cache, step)
+
+    def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
+        program = self.program
+        spec, cache = params.spec, params.cache
+        dtype, meta, pages = self._rows_and_pages(cache, step)
+        assert cache is not None and qkv.dtype == torch.float32
+        _check_rows(qkv, spec.q_dim + 2 * spec.kv_dim)
+        recent = _pages(cache.recent, step)
         q_norm, k_norm = _factor(params.q_norm), _factor(params.k_norm)
-        cos, sin = params.rope if params.rope is not None else (None, None)
-        if cos is not None and sin is not None:
-            cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        cos, sin = _angles(params.rope)
         rope = structs.RopeAppendOp(
             head=structs.OpHeader(structs.ROPE_APPEND, structs.DTYPES[dtype]),
             meta=meta,
@@ -454,8 +560,6 @@ class NativeOps:
 
 def lacks(spec: ModelSpec) -> str | None:
     """What of a model these kernels do not compute, in words; None if they serve all of it."""
-    if any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers):
-        return "latent attention"
     if any(name.endswith(".ffn.router") for name in spec.formats):
         return "routers in low-bit formats"
     if spec.logit_scale != 1.0 or any(layer.residual_scale != 1.0 for layer in spec.layers):
@@ -475,6 +579,13 @@ def _pages(cache: LayerCache | None, step: StepInputs) -> structs.CachePages:
         format=structs.CACHE_FORMATS[cache.spec.format],
         page_tokens=cache.page_tokens,
     )
+
+
+def _angles(rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Cosines and sines as the kernels read them."""
+    if rope is None:
+        return None, None
+    return rope[0].float().contiguous(), rope[1].float().contiguous()
 
 
 def _factor(norm: RMSNorm | None) -> Tensor | None:
