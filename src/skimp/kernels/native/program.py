@@ -199,11 +199,15 @@ class NativeOps:
         norm: RMSNorm,
         softcap: float | None,
         step: StepInputs,
+        *,
+        scale: float = 1.0,
     ) -> Tensor:
         program = self.program
         out = program.workspace.empty(program.max_logits, matrix.out_features, torch.float32)
         _check_ints(step.logit_rows, program.max_logits, "logit_rows")
-        self._product(x, matrix, out, norm=norm, softcap=softcap, logit_rows=step.logit_rows)
+        self._product(
+            x, matrix, out, norm=norm, softcap=softcap, logit_rows=step.logit_rows, scale=scale
+        )
         return out
 
     def _product(
@@ -217,9 +221,14 @@ class NativeOps:
         residual: Tensor | None = None,
         softcap: float | None = None,
         logit_rows: Tensor | None = None,
+        scale: float = 1.0,
     ) -> None:
+        """``scale`` is that of normed rows without a bias, and joins the norm's factor."""
         program = self.program
         factor = _factor(norm)
+        if scale != 1.0:
+            assert factor is not None and matrix.bias is None
+            factor = factor * scale
         op = self._matmul_op(
             x,
             matrix,
@@ -562,8 +571,6 @@ def lacks(spec: ModelSpec) -> str | None:
     """What of a model these kernels do not compute, in words; None if they serve all of it."""
     if any(name.endswith(".ffn.router") for name in spec.formats):
         return "routers in low-bit formats"
-    if spec.logit_scale != 1.0 or any(layer.residual_scale != 1.0 for layer in spec.layers):
-        return "scaled residuals and logits"
     return None
 
 
