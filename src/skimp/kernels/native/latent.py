@@ -1,4 +1,4 @@
-"""What makes heads of latents, packed for both forms of latent attention (``kernels/latent.py``)."""
+"""What makes heads of latents, packed for both forms of attention (``kernels/latent.py``)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skimp.model.layers import Linear
 from skimp.model.spec import LatentAttentionSpec
 
 MOST_LANES = 16  # heads that pass through the attention kernels together
-EXPAND_ROWS = 32  # fewer are not worth the tiles that expanded heads are computed in
+EXPAND_ROWS = 64  # on Zen 4, 32 rows of a short prompt take a quarter longer expanded, 64 as long
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,14 @@ from torch import Tensor
 
 from skimp.kernels.native import matrix as packed
 from skimp.kernels.native import structs
+from skimp.kernels.native.arguments import (
+    address_of,
+    angles_of,
+    check_ints,
+    check_rows,
+    factor_of,
+    pages_of,
+)
 from skimp.kernels.native.experts import PackedExperts, pack_experts
 from skimp.kernels.native.latent import (
     EXPAND_ROWS,
@@ -144,7 +152,7 @@ class NativeOps:
     def embed(self, step: StepInputs, table: PackedMatrix, scale: float) -> Tensor:
         program = self.program
         out = program.workspace.empty(program.max_rows, table.in_features, torch.float32)
-        _check_ints(step.token_ids, program.max_rows, "token_ids")
+        check_ints(step.token_ids, program.max_rows, "token_ids")
         op = structs.EmbedOp(
             head=structs.OpHeader(structs.EMBED, structs.DTYPES.get(table.dtype, structs.F32)),
             ids=step.token_ids.data_ptr(),
@@ -204,7 +212,7 @@ class NativeOps:
     ) -> Tensor:
         program = self.program
         out = program.workspace.empty(program.max_logits, matrix.out_features, torch.float32)
-        _check_ints(step.logit_rows, program.max_logits, "logit_rows")
+        check_ints(step.logit_rows, program.max_logits, "logit_rows")
         self._product(
             x, matrix, out, norm=norm, softcap=softcap, logit_rows=step.logit_rows, scale=scale
         )
@@ -225,7 +233,7 @@ class NativeOps:
     ) -> None:
         """``scale`` is that of normed rows without a bias, and joins the norm's factor."""
         program = self.program
-        factor = _factor(norm)
+        factor = factor_of(norm)
         if scale != 1.0:
             assert factor is not None and matrix.bias is None
             factor = factor * scale
@@ -261,8 +269,8 @@ class NativeOps:
             raise ValueError("an activation needs a gated matrix, and a gated matrix an activation")
         assert norm is None or x.dtype == torch.float32, "only float32 rows are normed"
         assert residual is None or residual.dtype == torch.float32
-        _check_rows(x, matrix.in_features)
-        _check_rows(out, matrix.out_features)
+        check_rows(x, matrix.in_features)
+        check_rows(out, matrix.out_features)
         alpha = limit = 0.0
         if isinstance(activation, ClampedSwiGLU):
             kind, alpha, limit = structs.CLAMPED, activation.alpha, activation.limit
@@ -273,11 +281,11 @@ class NativeOps:
                 structs.MATMUL, structs.DTYPES[self._compute_dtype(matrix, x, norm)]
             ),
             x=x.data_ptr(),
-            norm_factor=_address(factor),
-            row_index=_address(logit_rows),
+            norm_factor=address_of(factor),
+            row_index=address_of(logit_rows),
             panels=matrix.panels.data_ptr(),
-            bias=_address(matrix.bias),
-            residual=_address(residual),
+            bias=address_of(matrix.bias),
+            residual=address_of(residual),
             out=out.data_ptr(),
             x_stride=x.stride(0),
             residual_stride=0 if residual is None else residual.stride(0),
@@ -301,7 +309,7 @@ class NativeOps:
 
     def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
         program = self.program
-        _check_rows(x, y.shape[1])
+        check_rows(x, y.shape[1])
         factor = norm.factor().detach().contiguous()
         op = structs.NormOp(
             head=structs.OpHeader(structs.NORM, structs.F32),
@@ -320,7 +328,7 @@ class NativeOps:
 
     def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
         program = self.program
-        _check_rows(x, y.shape[1])
+        check_rows(x, y.shape[1])
         assert x.dtype == y.dtype == torch.float32
         op = structs.AddOp(
             head=structs.OpHeader(structs.ADD, structs.F32),
@@ -348,7 +356,7 @@ class NativeOps:
         h = empty(program.max_rows * k, first.out_features, dtype)
         y = empty(program.max_rows * k, last.out_features, torch.float32)
         out = empty(program.max_rows, last.out_features, torch.float32)
-        factor = _factor(norm)
+        factor = factor_of(norm)
         matrices: list[structs.MatmulOp] = [
             self._matmul_op(x, up, h, norm=norm, factor=factor, activation=spec.activation)
             for up, _ in experts.each
@@ -362,7 +370,7 @@ class NativeOps:
         op = structs.ExpertsOp(
             head=structs.OpHeader(structs.EXPERTS, structs.F32),
             logits=logits.data_ptr(),
-            correction=_address(experts.correction),
+            correction=address_of(experts.correction),
             gate_up=ctypes.addressof(pointers),
             down=ctypes.addressof(pointers) + count * ctypes.sizeof(ctypes.c_void_p),
             y=y.data_ptr(),
@@ -404,8 +412,8 @@ class NativeOps:
         program, spec = self.program, params.spec
         dtype, meta, pages = self._rows_and_pages(params.cache, step)
         assert queries.dtype == latents.dtype == torch.float32
-        _check_rows(queries, spec.query_dim)
-        _check_rows(latents, spec.cached_dim)
+        check_rows(queries, spec.query_dim)
+        check_rows(latents, spec.cached_dim)
         empty = program.workspace.empty
         absorbed = empty(program.max_rows, spec.num_heads * spec.cached_dim, torch.float32)
         mixed = empty(program.max_rows, spec.num_heads * spec.latent_dim, dtype)
@@ -420,7 +428,7 @@ class NativeOps:
             value_dim=spec.value_dim,
             expand_rows=0 if expanding is None else EXPAND_ROWS,
         )
-        norm, (cos, sin) = _factor(params.latent_norm), _angles(params.rope)
+        norm, (cos, sin) = factor_of(params.latent_norm), angles_of(params.rope)
         append = structs.LatentAppendOp(
             head=structs.OpHeader(structs.LATENT_APPEND, structs.DTYPES[dtype]),
             meta=meta,
@@ -431,9 +439,9 @@ class NativeOps:
             absorbed_stride=absorbed.stride(0),
             latents=latents.data_ptr(),
             latents_stride=latents.stride(0),
-            norm=_address(norm),
-            cos=_address(cos),
-            sin=_address(sin),
+            norm=address_of(norm),
+            cos=address_of(cos),
+            sin=address_of(sin),
             norm_eps=params.latent_norm.eps,
             num_heads=spec.num_heads,
             rotary_dim=0 if cos is None else 2 * cos.shape[1],
@@ -503,7 +511,7 @@ class NativeOps:
         if dtype not in structs.DTYPES:
             raise ValueError(f"native kernels cache float32 or bfloat16, not {dtype}")
         for name in ("positions", "row_seq", "kv_end"):
-            _check_ints(getattr(step, name), self.program.max_rows, name)
+            check_ints(getattr(step, name), self.program.max_rows, name)
         meta = structs.RowMeta(
             positions=step.positions.data_ptr(),
             row_seq=step.row_seq.data_ptr(),
@@ -511,17 +519,17 @@ class NativeOps:
             arena=step.arena.data_ptr(),
         )
         assert step.arena.data_ptr() % 64 == 0
-        return dtype, meta, _pages(cache, step)
+        return dtype, meta, pages_of(cache, step)
 
     def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
         program = self.program
         spec, cache = params.spec, params.cache
         dtype, meta, pages = self._rows_and_pages(cache, step)
         assert cache is not None and qkv.dtype == torch.float32
-        _check_rows(qkv, spec.q_dim + 2 * spec.kv_dim)
-        recent = _pages(cache.recent, step)
-        q_norm, k_norm = _factor(params.q_norm), _factor(params.k_norm)
-        cos, sin = _angles(params.rope)
+        check_rows(qkv, spec.q_dim + 2 * spec.kv_dim)
+        recent = pages_of(cache.recent, step)
+        q_norm, k_norm = factor_of(params.q_norm), factor_of(params.k_norm)
+        cos, sin = angles_of(params.rope)
         rope = structs.RopeAppendOp(
             head=structs.OpHeader(structs.ROPE_APPEND, structs.DTYPES[dtype]),
             meta=meta,
@@ -529,10 +537,10 @@ class NativeOps:
             recent=recent,
             qkv=qkv.data_ptr(),
             qkv_stride=qkv.stride(0),
-            q_norm=_address(q_norm),
-            k_norm=_address(k_norm),
-            cos=_address(cos),
-            sin=_address(sin),
+            q_norm=address_of(q_norm),
+            k_norm=address_of(k_norm),
+            cos=address_of(cos),
+            sin=address_of(sin),
             norm_eps=params.q_norm.eps if params.q_norm is not None else params.norm_eps,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
@@ -553,7 +561,7 @@ class NativeOps:
             q_stride=qkv.stride(0),
             out=out.data_ptr(),
             out_stride=out.stride(0),
-            sinks=_address(sinks),
+            sinks=address_of(sinks),
             scale=spec.scale,
             softcap=spec.softcap or 0.0,
             num_heads=spec.num_heads,
@@ -572,40 +580,3 @@ def lacks(spec: ModelSpec) -> str | None:
     if any(name.endswith(".ffn.router") for name in spec.formats):
         return "routers in low-bit formats"
     return None
-
-
-def _pages(cache: LayerCache | None, step: StepInputs) -> structs.CachePages:
-    if cache is None:
-        return structs.CachePages()
-    table = step.block_tables[cache.group]
-    assert table.dtype == torch.int32 and table.stride(1) == 1
-    return structs.CachePages(
-        block_table=table.data_ptr(),
-        table_stride=table.stride(0),
-        layer_offset=cache.offset,
-        format=structs.CACHE_FORMATS[cache.spec.format],
-        page_tokens=cache.page_tokens,
-    )
-
-
-def _angles(rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    """Cosines and sines as the kernels read them."""
-    if rope is None:
-        return None, None
-    return rope[0].float().contiguous(), rope[1].float().contiguous()
-
-
-def _factor(norm: RMSNorm | None) -> Tensor | None:
-    return None if norm is None else norm.factor().detach().contiguous()
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _check_rows(x: Tensor, width: int) -> None:
-    assert x.shape[1] == width and x.stride(1) == 1 and x.dtype in structs.DTYPES, x.shape
-
-
-def _check_ints(x: Tensor, count: int, name: str) -> None:
-    assert x.dtype == torch.int32 and x.is_contiguous() and x.shape[0] >= count, name

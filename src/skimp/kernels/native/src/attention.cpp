@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "attention_made.h"
 #include "attention_plan.h"
 #include "cache_codes.h"
 #include "cpu.h"
@@ -90,6 +91,7 @@ class Attention {
       base = static_cast<char*>(own.get());
     }
     work_.layout(base, rows, band_, widths, kernels_.operand_bytes);
+    if (expanded) maker_ = HeadMaker(op_, kernels_, widths, work_);
 
     pieces_.clear();
     const int64_t used = split ? collect_spans() : collect_items();
@@ -258,7 +260,7 @@ class Attention {
     const Tile& tile = piece.tile;
     const int rows = tile.tokens * group_;
     kernels_.begin(latent_ == LATENT_EXPANDED ? kTile : rows);
-    if (latent_ == LATENT_EXPANDED) read_makers(piece.head);
+    if (latent_ == LATENT_EXPANDED) maker_.begin(piece.head);
     char* to = work_.queries;
     for (int h = 0; h < piece.heads; ++h) {
       for (int t = 0; t < tile.tokens; ++t) {
@@ -329,62 +331,10 @@ class Attention {
     return int64_t{kPanel} * width * kernels_.operand_bytes;
   }
 
-  // What makes keys and then values of a head, as rows that latents are scored with, each kind in
-  // whole tiles.
-  void read_makers(int head) {
-    const LatentSizes& sizes = op_.sizes;
-    const int made = sizes.nope_dim + sizes.value_dim;
-    std::vector<float> row(sizes.latent_dim);
-    std::memset(work_.makers, 0,
-                (made + 2 * size_t{kTile}) * stored_padded_ * kernels_.operand_bytes);
-    for (int r = 0; r < made; ++r) {
-      const int64_t at = (int64_t{head} * made + r) * sizes.latent_dim;
-      for (int i = 0; i < sizes.latent_dim; ++i)
-        row[i] = op_.head.dtype == F32
-                     ? static_cast<const float*>(op_.made)[at + i]
-                     : float_of(int32_t{static_cast<const uint16_t*>(op_.made)[at + i]} << 16);
-      const int place = r < sizes.nope_dim ? r : whole_tiles(sizes.nope_dim) + r - sizes.nope_dim;
-      kernels_.pack_query(row.data(), 1.0f, sizes.latent_dim, stored_padded_, maker(place));
-    }
-  }
-
-  static int whole_tiles(int rows) { return (rows + kTile - 1) / kTile * kTile; }
-
-  char* maker(int row) const {
-    return work_.makers + int64_t{row} * stored_padded_ * kernels_.operand_bytes;
-  }
-
-  // Keys and values of an expanded head, of latents [from, to): in both, panels of 16.
+  // Keys and values of an expanded head, of latents [from, to).
   void make(const Span& span, int head, int from, int to) {
-    const LatentSizes& sizes = op_.sizes;
-    const int64_t line = int64_t{kPanel} * kernels_.operand_bytes;
-    const int panels = (to - from) / kPanel;
     read(span, head, false, from, to, work_.latents);
-    make_panels(0, sizes.nope_dim, panels, work_.keys, padded_);
-    make_panels(whole_tiles(sizes.nope_dim), sizes.value_dim, panels, work_.made_values,
-                value_padded_);
-    for (int i = 0; i < panels; ++i) {
-      char* key = work_.keys + i * panel_bytes(padded_);
-      std::memcpy(key + sizes.nope_dim * line,
-                  work_.latents + i * panel_bytes(stored_padded_) + sizes.latent_dim * line,
-                  sizes.rope_dim * line);
-      std::memset(key + dim_ * line, 0, (padded_ - dim_) * line);
-      const int first = from + i * kPanel;
-      kernels_.turn(work_.made_values + i * panel_bytes(value_padded_), value_padded_,
-                    std::max(span.lo - first, 0), std::min(span.hi - first, kPanel),
-                    work_.values + i * panel_bytes(value_padded_));
-    }
-  }
-
-  void make_panels(int maker_row, int count, int panels, char* to, int width) {
-    for (int d = 0; d < count; d += kTile) {
-      kernels_.score(maker(maker_row + d), kTile, stored_padded_, work_.latents, panels,
-                     work_.scores);
-      for (int i = 0; i < panels; ++i)
-        kernels_.pack_made(work_.scores + i * kPanel, std::min(kTile, count - d),
-                           to + i * panel_bytes(width) +
-                               int64_t{d} * kPanel * kernels_.operand_bytes);
-    }
+    maker_.make(from, (to - from) / kPanel, span.lo, span.hi, work_.keys, work_.values);
   }
 
   // The scales of a span's keys and values, for each head of the piece.
@@ -608,6 +558,7 @@ class Attention {
   int64_t total_ = 0;           // cost of the whole op
   SoftmaxScale scale_;
   Workspace work_;
+  HeadMaker maker_;
   std::vector<Piece>& pieces_;
   Places places_;  // of the span that is being read
   Ahead ahead_;
