@@ -12,6 +12,7 @@ from native_support import ISAS, needs_native
 from torch import Tensor
 
 from skimp.cache.spec import CacheSpec
+from skimp.formats.weight import WeightFormat, quantize
 from skimp.kernels import native
 from skimp.kernels.native.latent import PackedLatent, groups_of_heads
 from skimp.kernels.ops import LatentParams, LayerCache, StepInputs
@@ -189,6 +190,20 @@ def test_a_row_depends_on_no_other(spec: LatentAttentionSpec, dtype: torch.dtype
         for chunk, threads in itertools.product((1, 7, 100), (1, 3)):
             found = layer.chunked(chunk, threads, mode)
             assert all(map(torch.equal, found, want)), (chunk, threads)
+
+
+def test_low_bit_heads_become_dense() -> None:
+    spec = SPECS[0]
+    linear, dense = (Layer(spec, torch.bfloat16).linear(torch.bfloat16) for _ in range(2))
+    assert linear.weight is not None
+    form = WeightFormat(kind="int", bits=8, group_size=64)
+    linear.quantized, linear.weight = quantize(linear.weight.detach(), form), None
+    weight = linear.quantized.dequantize().to(linear.quantized.scale.dtype)
+    dense.weight = torch.nn.Parameter(weight)
+    ours, theirs = (native.NativeOps().pack_latent(x, spec) for x in (linear, dense))
+    assert torch.equal(ours.to_latent.panels, theirs.to_latent.panels)
+    assert torch.equal(ours.from_latent.panels, theirs.from_latent.panels)
+    assert linear.quantized is None
 
 
 def test_groups_of_heads() -> None:

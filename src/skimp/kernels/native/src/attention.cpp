@@ -22,8 +22,8 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kMinTileRows = 64, kMaxTileRows = 192;
 constexpr int kAheadBytes = 24576;   // that prefetching runs ahead
 constexpr int64_t kReadCost = 8;     // reading a key costs about as much as this many rows
-constexpr int kLatentSpan = 128;     // shorter than kSpan, for latents are long
-constexpr int kMaxExpandedRows = 1024;  // of a tile, which share what is made
+constexpr int kLatentSpan = 128;     // keys: latents are long, and a span should stay in L2
+constexpr int kMaxExpandedRows = 1024;  // of a tile, for they share what is made
 
 const AttentionKernels& kernels_for(DType dtype) {
 #if defined(__x86_64__)
@@ -75,7 +75,8 @@ class Attention {
     // Many: a thread takes several heads of a sequence in turn, for they lie side by side.
     const int64_t heads = int64_t{tiles} * op_.num_kv_heads, wanted = int64_t{4} * team_.size;
     const bool split = team_.size > 1 && heads < wanted;
-    band_ = split || latent_ != LATENT_NONE ? 1 : static_cast<int>(std::clamp<int64_t>(heads / wanted, 1, kTile));
+    const bool alone = split || latent_ != LATENT_NONE;
+    band_ = alone ? 1 : static_cast<int>(std::clamp<int64_t>(heads / wanted, 1, kTile));
     total_ = 0;
     for_each_item([&](const Tile&, int, int, int64_t, int64_t price) { total_ += price; });
 
@@ -289,8 +290,7 @@ class Attention {
   const char* block(const Places& places, const Span& span, int head, bool values,
                     int key) const {
     const Pages& pages = memories_[span.memory].pages;
-    const int64_t plane =
-        latent_ != LATENT_NONE ? 0 : head + (values ? op_.num_kv_heads : 0);
+    const int64_t plane = latent_ != LATENT_NONE ? 0 : head + (values ? op_.num_kv_heads : 0);
     return places.blocks[(key - span.base) / kPanel] + plane * pages.at.page_tokens * pages.vector;
   }
 

@@ -47,9 +47,9 @@ struct AttentionKernels {
   // For latents: the values that are the first `dim` dimensions of a panel of 16 keys, `dim` a
   // multiple of `align`; those outside [lo, hi) become zero.
   void (*turn)(const void* panel, int dim, int lo, int hi, void* dst);
-  // Panel lines of `count` dimensions of 16 keys, from scores[dimension][16]. The first one is even.
+  // Panel lines of `count` dimensions, the first of them even, of 16 keys: scores[dimension][16].
   void (*pack_made)(const float* scores, int count, void* lines);
-  // The same as read_keys and read_values for blocks of codes: every one, in units of its vector's scale.
+  // As read_keys and read_values for blocks of codes: every one, in units of its vector's scale.
   void (*decode_keys)(const uint8_t* block, int format, int dim, int padded, void* dst);
   void (*decode_values)(const uint8_t* block, int format, int dim, int padded, void* dst);
   // scores[r][16 * i ..] of consecutive panels

@@ -65,7 +65,7 @@ inline void turn_bf16(const void* panel, int dim, int lo, int hi, void* dst) {
     for (int i = 0; i < 8; ++i)
       x[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(in + 64 * i), swap);
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 2) {  // y[i]: key pairs 0 2 4 6 of lines i, i + 1; y[i + 1]: 1 3 5 7
+    for (int i = 0; i < 8; i += 2) {  // of lines i and i + 1: key pairs 0 2 4 6, then 1 3 5 7
       y[i] = _mm512_unpacklo_epi64(x[i], x[i + 1]);
       y[i + 1] = _mm512_unpackhi_epi64(x[i], x[i + 1]);
     }

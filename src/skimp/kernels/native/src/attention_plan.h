@@ -96,8 +96,7 @@ struct Widths {
 // A thread's working memory, carved from one block.
 struct Workspace {
   char *queries, *keys, *values;
-  char *latents, *made_values, *makers;  // of expanded heads: what values are turned from; matrix
-
+  char *latents, *made_values, *makers;  // what values are turned out of; matrix rows (HeadMaker)
   uint16_t* probs;
   float *scores, *part, *acc, *max, *sum;
   float *key_scales, *value_scales;  // [heads][kSpan]

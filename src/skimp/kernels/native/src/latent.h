@@ -14,9 +14,9 @@ struct LatentRun {
   bool expanded;
 };
 
-// Expanded, every head makes value_dim + nope_dim numbers of each latent seen; absorbed, of each row,
-// and a row meets that many fewer numbers at each latent. The forms differ in their last bits, so
-// where a row's result must not depend on its neighbours no row is expanded.
+// A head's nope_dim + value_dim numbers are made of each latent seen if expanded; absorbed, as many
+// products are made with each row, which then meets two latents' numbers in place of those. The
+// forms differ in their last bits: where neighbours must not matter, no row is expanded.
 inline bool expands(const LatentSizes& sizes, const StepInfo& step, int64_t rows, int64_t seen) {
   if (!sizes.expand_rows || rows < sizes.expand_rows || step.deterministic) return false;
   const int64_t made = sizes.nope_dim + sizes.value_dim;

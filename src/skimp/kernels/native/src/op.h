@@ -197,8 +197,8 @@ struct CachePages {
 // then the rotated key, latent_dim + rope_dim numbers.
 //
 // A step's rows of a sequence attend in either of two forms. *Absorbed*, queries are brought to the
-// latent, where keys and values are the latents themselves. *Expanded*, every head's keys and values
-// are made of the latents seen, a span at a time.
+// latent, where keys and values are the latents themselves. *Expanded*, every head's keys and
+// values are made of the latents seen, a span at a time.
 enum LatentForm : int32_t { LATENT_NONE = 0, LATENT_ABSORBED = 1, LATENT_EXPANDED = 2 };
 
 struct LatentSizes {
@@ -232,8 +232,8 @@ struct LatentAppendOp {
   CachePages cache;
   float* queries;        // [rows, q_stride]: of each head nope_dim, then rope_dim, rotated in place
   int64_t q_stride;
-  float* absorbed;       // [rows, absorbed_stride]: of each head latent_dim, left alone, then a copy
-  int64_t absorbed_stride;  // of what was rotated
+  float* absorbed;       // [rows, absorbed_stride]: of each head latent_dim, which are left alone,
+  int64_t absorbed_stride;  // then a copy of what was rotated
   const float* latents;  // [rows, latents_stride]: latent_dim, then rope_dim
   int64_t latents_stride;
   const float* norm;     // [latent_dim]
@@ -270,8 +270,8 @@ struct AttendOp {
   int32_t window;        // 0: whole past; else keys with position > row position - window
   int32_t recent_tokens; // keys with position > row position - recent_tokens are read in `recent`
   int32_t hadamard;      // 1: turn the result back
-  // LatentForm of the rows to compute. head_dim is that of queries; of absorbed ones, groups of heads
-  // are num_kv_heads, which all read the same latents, and outputs have latent_dim.
+  // LatentForm of the rows to compute. head_dim is that of queries; those absorbed have
+  // num_kv_heads groups of heads, which all read the same latents, and outputs of latent_dim.
   int32_t latent;
   LatentSizes sizes;
   const void* made;      // expanded: [num_heads][nope_dim + value_dim][latent_dim] in head.dtype
