@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import pytest
-from tiny_models import mixed_spec, random_requests, tiny_decoder
+from tiny_models import mixed_spec, random_requests, tiny_decoder, tiny_spec
 
 from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
@@ -71,10 +71,11 @@ def test_native_all_ways() -> None:
     check_all_ways(random_requests(60, seed=1), "native")
 
 
-def test_layers_of_all_kinds_all_ways() -> None:
+def test_layers_of_all_kinds_all_ways(backend: str) -> None:
     """The whole past, windows and latents in one model, each with pages of its own kind."""
-    requests = random_requests(32, seed=3, max_prompt=40, max_output=40)
-    check_all_ways(requests, "plain", mixed_spec())
+    longest = 40 if backend == "plain" else 400  # more than one span of latents
+    requests = random_requests(32, seed=3, max_prompt=longest, max_output=40)
+    check_all_ways(requests, backend, mixed_spec())
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -131,15 +132,16 @@ def test_low_bit_caches_beside_bfloat16(cache: dict[str, object]) -> None:
         assert found == expected, budget
 
 
+@pytest.mark.parametrize("spec", [tiny_spec(), mixed_spec()], ids=["heads", "mixed"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_native_float32_needs_no_deterministic_mode(threads: int) -> None:
+def test_native_float32_needs_no_deterministic_mode(threads: int, spec: ModelSpec) -> None:
     """On two threads the batches must give what one thread gives alone."""
     requests = random_requests(12, seed=8, max_prompt=300)
     plain = dataclasses.replace(BASE, deterministic=False)
-    expected = serve(build(plain), requests, together=False)
+    expected = serve(build(plain, spec), requests, together=False)
     for budget in (512, 64, 7):
         options = dataclasses.replace(plain, threads=threads, token_budget=budget)
-        assert serve(build(options), requests) == expected, budget
+        assert serve(build(options, spec), requests) == expected, budget
 
 
 @pytest.mark.slow
@@ -151,12 +153,13 @@ def test_plain_all_ways() -> None:
     check_all_ways(random_requests(24, seed=3, max_prompt=40), "plain")
 
 
-def test_bfloat16_in_deterministic_mode() -> None:
+@pytest.mark.parametrize("spec", [tiny_spec(), mixed_spec()], ids=["heads", "mixed"])
+def test_bfloat16_in_deterministic_mode(spec: ModelSpec) -> None:
     """Rows of one step and of a hundred take the same kernels, so even bfloat16 agrees."""
     requests = random_requests(12, seed=9, max_prompt=200)
 
     def bf16(options: EngineOptions) -> Engine:
-        return Engine(tiny_decoder(dtype="bfloat16"), None, options)
+        return Engine(tiny_decoder(spec, dtype="bfloat16"), None, options)
 
     expected = serve(bf16(BASE), requests, together=False)
     for budget in (512, 64, 7):

@@ -193,7 +193,15 @@ class Ops(Protocol):
         ...
 
     def logits(
-        self, x: Tensor, matrix: Any, norm: RMSNorm, softcap: float | None, step: StepInputs
+        self,
+        x: Tensor,
+        matrix: Any,
+        norm: RMSNorm,
+        softcap: float | None,
+        step: StepInputs,
+        *,
+        scale: float = 1.0,
     ) -> Tensor:
-        """Final norm and output matrix for ``step.logit_rows``: float32 [L, V]."""
+        """Final norm and output matrix for ``step.logit_rows``: float32 [L, V], times ``scale``
+        (no class has a cap and a scale)."""
         ...

@@ -216,9 +216,13 @@ class PlainOps:
         norm: RMSNorm,
         softcap: float | None,
         step: StepInputs,
+        *,
+        scale: float = 1.0,
     ) -> Tensor:
         rows = x.index_select(0, step.logit_rows.to(torch.int64))
         y = self.matmul(rows, matrix, norm=norm).float()
+        if scale != 1.0:
+            y = y * scale
         return y if softcap is None else softcap * torch.tanh(y / softcap)
 
     # ---- experts --------------------------------------------------------------------------

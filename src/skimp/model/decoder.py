@@ -138,8 +138,10 @@ class Decoder(nn.Module):
 
     def logits(self, x_RD: Tensor, step: StepInputs, ops: Ops) -> Tensor:
         """Logits float32 [L, V] of what left the last layer."""
-        logits = ops.logits(x_RD, self._head, self.norm, self.spec.logit_softcap, step)
-        return logits if self.spec.logit_scale == 1.0 else logits * self.spec.logit_scale
+        spec = self.spec
+        return ops.logits(
+            x_RD, self._head, self.norm, spec.logit_softcap, step, scale=spec.logit_scale
+        )
 
     @property
     def head(self) -> Linear:

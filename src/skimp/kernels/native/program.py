@@ -12,7 +12,21 @@ from torch import Tensor
 
 from skimp.kernels.native import matrix as packed
 from skimp.kernels.native import structs
+from skimp.kernels.native.arguments import (
+    address_of,
+    angles_of,
+    check_ints,
+    check_rows,
+    factor_of,
+    pages_of,
+)
 from skimp.kernels.native.experts import PackedExperts, pack_experts
+from skimp.kernels.native.latent import (
+    EXPAND_ROWS,
+    PackedLatent,
+    groups_of_heads,
+    pack_latent,
+)
 from skimp.kernels.native.library import library
 from skimp.kernels.native.matrix import PackedMatrix, PackedStack
 from skimp.kernels.native.memory import PanelMemory
@@ -138,7 +152,7 @@ class NativeOps:
     def embed(self, step: StepInputs, table: PackedMatrix, scale: float) -> Tensor:
         program = self.program
         out = program.workspace.empty(program.max_rows, table.in_features, torch.float32)
-        _check_ints(step.token_ids, program.max_rows, "token_ids")
+        check_ints(step.token_ids, program.max_rows, "token_ids")
         op = structs.EmbedOp(
             head=structs.OpHeader(structs.EMBED, structs.DTYPES.get(table.dtype, structs.F32)),
             ids=step.token_ids.data_ptr(),
@@ -193,11 +207,15 @@ class NativeOps:
         norm: RMSNorm,
         softcap: float | None,
         step: StepInputs,
+        *,
+        scale: float = 1.0,
     ) -> Tensor:
         program = self.program
         out = program.workspace.empty(program.max_logits, matrix.out_features, torch.float32)
-        _check_ints(step.logit_rows, program.max_logits, "logit_rows")
-        self._product(x, matrix, out, norm=norm, softcap=softcap, logit_rows=step.logit_rows)
+        check_ints(step.logit_rows, program.max_logits, "logit_rows")
+        self._product(
+            x, matrix, out, norm=norm, softcap=softcap, logit_rows=step.logit_rows, scale=scale
+        )
         return out
 
     def _product(
@@ -211,9 +229,14 @@ class NativeOps:
         residual: Tensor | None = None,
         softcap: float | None = None,
         logit_rows: Tensor | None = None,
+        scale: float = 1.0,
     ) -> None:
+        """``scale`` is that of normed rows without a bias, and joins the norm's factor."""
         program = self.program
-        factor = _factor(norm)
+        factor = factor_of(norm)
+        if scale != 1.0:
+            assert factor is not None and matrix.bias is None
+            factor = factor * scale
         op = self._matmul_op(
             x,
             matrix,
@@ -246,8 +269,8 @@ class NativeOps:
             raise ValueError("an activation needs a gated matrix, and a gated matrix an activation")
         assert norm is None or x.dtype == torch.float32, "only float32 rows are normed"
         assert residual is None or residual.dtype == torch.float32
-        _check_rows(x, matrix.in_features)
-        _check_rows(out, matrix.out_features)
+        check_rows(x, matrix.in_features)
+        check_rows(out, matrix.out_features)
         alpha = limit = 0.0
         if isinstance(activation, ClampedSwiGLU):
             kind, alpha, limit = structs.CLAMPED, activation.alpha, activation.limit
@@ -258,11 +281,11 @@ class NativeOps:
                 structs.MATMUL, structs.DTYPES[self._compute_dtype(matrix, x, norm)]
             ),
             x=x.data_ptr(),
-            norm_factor=_address(factor),
-            row_index=_address(logit_rows),
+            norm_factor=address_of(factor),
+            row_index=address_of(logit_rows),
             panels=matrix.panels.data_ptr(),
-            bias=_address(matrix.bias),
-            residual=_address(residual),
+            bias=address_of(matrix.bias),
+            residual=address_of(residual),
             out=out.data_ptr(),
             x_stride=x.stride(0),
             residual_stride=0 if residual is None else residual.stride(0),
@@ -286,7 +309,7 @@ class NativeOps:
 
     def add_norm(self, x: Tensor, y: Tensor, norm: RMSNorm) -> Tensor:
         program = self.program
-        _check_rows(x, y.shape[1])
+        check_rows(x, y.shape[1])
         factor = norm.factor().detach().contiguous()
         op = structs.NormOp(
             head=structs.OpHeader(structs.NORM, structs.F32),
@@ -305,7 +328,7 @@ class NativeOps:
 
     def add_scaled(self, x: Tensor, y: Tensor, scale: float) -> Tensor:
         program = self.program
-        _check_rows(x, y.shape[1])
+        check_rows(x, y.shape[1])
         assert x.dtype == y.dtype == torch.float32
         op = structs.AddOp(
             head=structs.OpHeader(structs.ADD, structs.F32),
@@ -333,7 +356,7 @@ class NativeOps:
         h = empty(program.max_rows * k, first.out_features, dtype)
         y = empty(program.max_rows * k, last.out_features, torch.float32)
         out = empty(program.max_rows, last.out_features, torch.float32)
-        factor = _factor(norm)
+        factor = factor_of(norm)
         matrices: list[structs.MatmulOp] = [
             self._matmul_op(x, up, h, norm=norm, factor=factor, activation=spec.activation)
             for up, _ in experts.each
@@ -347,7 +370,7 @@ class NativeOps:
         op = structs.ExpertsOp(
             head=structs.OpHeader(structs.EXPERTS, structs.F32),
             logits=logits.data_ptr(),
-            correction=_address(experts.correction),
+            correction=address_of(experts.correction),
             gate_up=ctypes.addressof(pointers),
             down=ctypes.addressof(pointers) + count * ctypes.sizeof(ctypes.c_void_p),
             y=y.data_ptr(),
@@ -375,26 +398,120 @@ class NativeOps:
         program.append(op, held, *program.external(x))
         return out
 
-    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> Any:
-        raise NotImplementedError("the native kernels have no latent attention")
+    def pack_latent(self, linear: Linear, spec: LatentAttentionSpec) -> PackedLatent:
+        return pack_latent(linear, spec, self.dtype, self._memory)
 
     def latent_attention(
-        self, queries: Tensor, latents: Tensor, heads: Any, params: LatentParams, step: StepInputs
+        self,
+        queries: Tensor,
+        latents: Tensor,
+        heads: PackedLatent,
+        params: LatentParams,
+        step: StepInputs,
     ) -> Tensor:
-        raise NotImplementedError("the native kernels have no latent attention")
+        program, spec = self.program, params.spec
+        dtype, meta, pages = self._rows_and_pages(params.cache, step)
+        assert queries.dtype == latents.dtype == torch.float32
+        check_rows(queries, spec.query_dim)
+        check_rows(latents, spec.cached_dim)
+        empty = program.workspace.empty
+        absorbed = empty(program.max_rows, spec.num_heads * spec.cached_dim, torch.float32)
+        mixed = empty(program.max_rows, spec.num_heads * spec.latent_dim, dtype)
+        out = empty(program.max_rows, spec.out_dim, dtype)
+        expanding = heads.expanding
+        if expanding is not None and expanding.dtype != dtype:
+            expanding = None  # latents are multiplied as they are cached
+        sizes = structs.LatentSizes(
+            latent_dim=spec.latent_dim,
+            rope_dim=spec.rope_dim,
+            nope_dim=spec.nope_dim,
+            value_dim=spec.value_dim,
+            expand_rows=0 if expanding is None else EXPAND_ROWS,
+        )
+        norm, (cos, sin) = factor_of(params.latent_norm), angles_of(params.rope)
+        append = structs.LatentAppendOp(
+            head=structs.OpHeader(structs.LATENT_APPEND, structs.DTYPES[dtype]),
+            meta=meta,
+            cache=pages,
+            queries=queries.data_ptr(),
+            q_stride=queries.stride(0),
+            absorbed=absorbed.data_ptr(),
+            absorbed_stride=absorbed.stride(0),
+            latents=latents.data_ptr(),
+            latents_stride=latents.stride(0),
+            norm=address_of(norm),
+            cos=address_of(cos),
+            sin=address_of(sin),
+            norm_eps=params.latent_norm.eps,
+            num_heads=spec.num_heads,
+            rotary_dim=0 if cos is None else 2 * cos.shape[1],
+            interleaved=spec.rope is not None and spec.rope.interleaved,
+            sizes=sizes,
+        )
+        program.append(append, step, norm, cos, sin, *program.external(queries, latents))
 
-    def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
-        program = self.program
-        spec, cache = params.spec, params.cache
+        def products(x: Tensor, x_step: int, matrix: PackedMatrix, y: Tensor, y_step: int) -> None:
+            first = x[:, : matrix.in_features], matrix, y[:, : matrix.out_features]
+            product = self._matmul_op(*first)
+            op = structs.HeadProductsOp(
+                head=structs.OpHeader(structs.HEAD_PRODUCTS, structs.DTYPES[dtype]),
+                meta=meta,
+                product=ctypes.addressof(product),
+                x_step=x_step,
+                out_step=y_step,
+                num_heads=spec.num_heads,
+                sizes=sizes,
+            )
+            program.append(op, product, matrix)
+
+        def attend(q: Tensor, result: Tensor, **form: Any) -> None:
+            op = structs.AttendOp(
+                head=structs.OpHeader(structs.ATTEND, structs.DTYPES[dtype]),
+                meta=meta,
+                cache=pages,
+                q=q.data_ptr(),
+                q_stride=q.stride(0),
+                out=result.data_ptr(),
+                out_stride=result.stride(0),
+                scale=spec.scale,
+                num_heads=spec.num_heads,
+                sizes=sizes,
+                **form,
+            )
+            program.append(op, heads)
+
+        query_dim = spec.nope_dim + spec.rope_dim
+        products(queries, query_dim, heads.to_latent, absorbed, spec.cached_dim)
+        attend(
+            absorbed,
+            mixed,
+            latent=structs.ABSORBED,
+            num_kv_heads=groups_of_heads(spec),
+            head_dim=spec.cached_dim,
+        )
+        products(mixed, spec.latent_dim, heads.from_latent, out, spec.value_dim)
+        if expanding is not None:
+            attend(
+                queries,
+                out,
+                latent=structs.EXPANDED,
+                num_kv_heads=spec.num_heads,
+                head_dim=query_dim,
+                made=expanding.data_ptr(),
+            )
+        return out
+
+    def _rows_and_pages(
+        self, cache: LayerCache | None, step: StepInputs
+    ) -> tuple[torch.dtype, structs.RowMeta, structs.CachePages]:
+        """Which rows attend, and what they see of a layer: its dtype and its pages."""
         if cache is None or step.arena is None:
             raise ValueError("the native backend needs a cache: bind the decoder with caches")
         dtype = getattr(torch, cache.spec.dtype)
         if dtype not in structs.DTYPES:
             raise ValueError(f"native kernels cache float32 or bfloat16, not {dtype}")
-        assert qkv.dtype == torch.float32
-        _check_rows(qkv, spec.q_dim + 2 * spec.kv_dim)
         for name in ("positions", "row_seq", "kv_end"):
-            _check_ints(getattr(step, name), program.max_rows, name)
+            check_ints(getattr(step, name), self.program.max_rows, name)
         meta = structs.RowMeta(
             positions=step.positions.data_ptr(),
             row_seq=step.row_seq.data_ptr(),
@@ -402,11 +519,17 @@ class NativeOps:
             arena=step.arena.data_ptr(),
         )
         assert step.arena.data_ptr() % 64 == 0
-        pages, recent = _pages(cache, step), _pages(cache.recent, step)
-        q_norm, k_norm = _factor(params.q_norm), _factor(params.k_norm)
-        cos, sin = params.rope if params.rope is not None else (None, None)
-        if cos is not None and sin is not None:
-            cos, sin = cos.float().contiguous(), sin.float().contiguous()
+        return dtype, meta, pages_of(cache, step)
+
+    def attention(self, qkv: Tensor, params: AttentionParams, step: StepInputs) -> Tensor:
+        program = self.program
+        spec, cache = params.spec, params.cache
+        dtype, meta, pages = self._rows_and_pages(cache, step)
+        assert cache is not None and qkv.dtype == torch.float32
+        check_rows(qkv, spec.q_dim + 2 * spec.kv_dim)
+        recent = pages_of(cache.recent, step)
+        q_norm, k_norm = factor_of(params.q_norm), factor_of(params.k_norm)
+        cos, sin = angles_of(params.rope)
         rope = structs.RopeAppendOp(
             head=structs.OpHeader(structs.ROPE_APPEND, structs.DTYPES[dtype]),
             meta=meta,
@@ -414,10 +537,10 @@ class NativeOps:
             recent=recent,
             qkv=qkv.data_ptr(),
             qkv_stride=qkv.stride(0),
-            q_norm=_address(q_norm),
-            k_norm=_address(k_norm),
-            cos=_address(cos),
-            sin=_address(sin),
+            q_norm=address_of(q_norm),
+            k_norm=address_of(k_norm),
+            cos=address_of(cos),
+            sin=address_of(sin),
             norm_eps=params.q_norm.eps if params.q_norm is not None else params.norm_eps,
             num_heads=spec.num_heads,
             num_kv_heads=spec.num_kv_heads,
@@ -438,7 +561,7 @@ class NativeOps:
             q_stride=qkv.stride(0),
             out=out.data_ptr(),
             out_stride=out.stride(0),
-            sinks=_address(sinks),
+            sinks=address_of(sinks),
             scale=spec.scale,
             softcap=spec.softcap or 0.0,
             num_heads=spec.num_heads,
@@ -454,40 +577,6 @@ class NativeOps:
 
 def lacks(spec: ModelSpec) -> str | None:
     """What of a model these kernels do not compute, in words; None if they serve all of it."""
-    if any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers):
-        return "latent attention"
     if any(name.endswith(".ffn.router") for name in spec.formats):
         return "routers in low-bit formats"
-    if spec.logit_scale != 1.0 or any(layer.residual_scale != 1.0 for layer in spec.layers):
-        return "scaled residuals and logits"
     return None
-
-
-def _pages(cache: LayerCache | None, step: StepInputs) -> structs.CachePages:
-    if cache is None:
-        return structs.CachePages()
-    table = step.block_tables[cache.group]
-    assert table.dtype == torch.int32 and table.stride(1) == 1
-    return structs.CachePages(
-        block_table=table.data_ptr(),
-        table_stride=table.stride(0),
-        layer_offset=cache.offset,
-        format=structs.CACHE_FORMATS[cache.spec.format],
-        page_tokens=cache.page_tokens,
-    )
-
-
-def _factor(norm: RMSNorm | None) -> Tensor | None:
-    return None if norm is None else norm.factor().detach().contiguous()
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _check_rows(x: Tensor, width: int) -> None:
-    assert x.shape[1] == width and x.stride(1) == 1 and x.dtype in structs.DTYPES, x.shape
-
-
-def _check_ints(x: Tensor, count: int, name: str) -> None:
-    assert x.dtype == torch.int32 and x.is_contiguous() and x.shape[0] >= count, name

@@ -10,6 +10,8 @@ import torch
 
 F32, BF16 = 0, 1
 EMBED, NORM, MATMUL, ROPE_APPEND, ATTEND, PACK, EXPERTS, ADD = 1, 2, 3, 4, 5, 6, 7, 8
+LATENT_APPEND, HEAD_PRODUCTS = 9, 10
+ABSORBED, EXPANDED = 1, 2  # forms of latent attention; 0: attention to heads
 PANEL = 16  # outputs to a panel of packed weights
 K_ALIGN = 32  # inputs of bfloat16 panels are padded to a multiple of this
 LOW_ALIGN = 8  # and those of low-bit panels to a multiple of this
@@ -98,6 +100,39 @@ class RopeAppendOp(ctypes.Structure):
     )
 
 
+class LatentSizes(ctypes.Structure):
+    _fields_ = _fields((c_int32, "latent_dim rope_dim nope_dim value_dim expand_rows"))
+
+
+class LatentAppendOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (RowMeta, "meta"),
+        (CachePages, "cache"),
+        (c_void_p, "queries"),
+        (c_int64, "q_stride"),
+        (c_void_p, "absorbed"),
+        (c_int64, "absorbed_stride"),
+        (c_void_p, "latents"),
+        (c_int64, "latents_stride"),
+        (c_void_p, "norm cos sin"),
+        (c_float, "norm_eps"),
+        (c_int32, "num_heads rotary_dim interleaved"),
+        (LatentSizes, "sizes"),
+    )
+
+
+class HeadProductsOp(ctypes.Structure):
+    _fields_ = _fields(
+        (OpHeader, "head"),
+        (RowMeta, "meta"),
+        (c_void_p, "product"),
+        (c_int64, "x_step out_step"),
+        (c_int32, "num_heads"),
+        (LatentSizes, "sizes"),
+    )
+
+
 class AttendOp(ctypes.Structure):
     _fields_ = _fields(
         (OpHeader, "head"),
@@ -109,7 +144,9 @@ class AttendOp(ctypes.Structure):
         (c_int64, "out_stride"),
         (c_void_p, "sinks"),
         (c_float, "scale softcap"),
-        (c_int32, "num_heads num_kv_heads head_dim window recent_tokens hadamard"),
+        (c_int32, "num_heads num_kv_heads head_dim window recent_tokens hadamard latent"),
+        (LatentSizes, "sizes"),
+        (c_void_p, "made"),
     )
 
 
@@ -151,4 +188,6 @@ OPS: dict[int, type[ctypes.Structure]] = {
     PACK: PackOp,
     EXPERTS: ExpertsOp,
     ADD: AddOp,
+    LATENT_APPEND: LatentAppendOp,
+    HEAD_PRODUCTS: HeadProductsOp,
 }

@@ -132,11 +132,20 @@ class TritonOps:
         return paged_attention(qkv, params, step, plan=plan)
 
     def logits(
-        self, x: Tensor, matrix: Matrix, norm: RMSNorm, softcap: float | None, step: StepInputs
+        self,
+        x: Tensor,
+        matrix: Matrix,
+        norm: RMSNorm,
+        softcap: float | None,
+        step: StepInputs,
+        *,
+        scale: float = 1.0,
     ) -> Tensor:
         if step.logit_rows.shape[0] != x.shape[0]:  # distinct and in order: else they are all rows
             x = x.index_select(0, step.logit_rows)
         y = self._linear(x, matrix, norm, out_dtype=torch.float32)
+        if scale != 1.0:
+            y = y * scale
         return y if softcap is None else softcap * torch.tanh(y / softcap)
 
     def _factor(self, norm: RMSNorm) -> Tensor:

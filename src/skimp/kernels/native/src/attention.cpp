@@ -9,9 +9,11 @@
 #include <memory>
 #include <vector>
 
+#include "attention_made.h"
 #include "attention_plan.h"
 #include "cache_codes.h"
 #include "cpu.h"
+#include "latent.h"
 
 namespace skimp {
 namespace {
@@ -20,6 +22,8 @@ constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kMinTileRows = 64, kMaxTileRows = 192;
 constexpr int kAheadBytes = 24576;   // that prefetching runs ahead
 constexpr int64_t kReadCost = 8;     // reading a key costs about as much as this many rows
+constexpr int kLatentSpan = 128;     // keys: latents are long, and a span should stay in L2
+constexpr int kMaxExpandedRows = 1024;  // of a tile, for they share what is made
 
 const AttentionKernels& kernels_for(DType dtype) {
 #if defined(__x86_64__)
@@ -39,8 +43,16 @@ class Attention {
         step_(step),
         team_(team),
         kernels_(kernels_for(static_cast<DType>(op.head.dtype))),
+        latent_(static_cast<LatentForm>(op.latent)),
         dim_(op.head_dim),
-        padded_((op.head_dim + kernels_.align - 1) / kernels_.align * kernels_.align),
+        value_dim_(latent_ == LATENT_NONE       ? op.head_dim
+                   : latent_ == LATENT_ABSORBED ? op.sizes.latent_dim
+                                                : op.sizes.value_dim),
+        stored_dim_(latent_ == LATENT_NONE ? dim_ : op.sizes.latent_dim + op.sizes.rope_dim),
+        padded_(padded(dim_)),
+        value_padded_(padded(value_dim_)),
+        stored_padded_(padded(stored_dim_)),
+        span_keys_(latent_ == LATENT_NONE ? kSpan : kLatentSpan),
         group_(op.num_heads / op.num_kv_heads),
         memories_{memory(op.cache), memory(op.recent)},
         pieces_(own_pieces()) {
@@ -50,31 +62,37 @@ class Attention {
                  : SoftmaxScale{scale * kLog2E, 0.0f};
     const int64_t share =
         int64_t{step.rows} * op.num_heads / (int64_t{4} * team.size);  // rows x kv heads a tile
-    const int rows =
-        static_cast<int>(std::clamp<int64_t>(share, kMinTileRows, kMaxTileRows));
+    const int rows = static_cast<int>(std::clamp<int64_t>(
+        share, kMinTileRows, latent_ == LATENT_EXPANDED ? kMaxExpandedRows : kMaxTileRows));
     tile_tokens_ = std::max(1, rows / group_);
   }
 
   void run() {
     int tiles = 0;
     for_each_tile([&](const Tile&) { ++tiles; });
+    if (tiles == 0) return;
     // Few tiles: their spans are shared out, head by head, and merged afterwards in order.
     // Many: a thread takes several heads of a sequence in turn, for they lie side by side.
     const int64_t heads = int64_t{tiles} * op_.num_kv_heads, wanted = int64_t{4} * team_.size;
     const bool split = team_.size > 1 && heads < wanted;
-    band_ = split ? 1 : static_cast<int>(std::clamp<int64_t>(heads / wanted, 1, kTile));
+    const bool alone = split || latent_ != LATENT_NONE;
+    band_ = alone ? 1 : static_cast<int>(std::clamp<int64_t>(heads / wanted, 1, kTile));
     total_ = 0;
     for_each_item([&](const Tile&, int, int, int64_t, int64_t price) { total_ += price; });
 
     const int rows = (std::min(tile_tokens_, step_.rows) * group_ + kTile - 1) / kTile * kTile;
-    const size_t bytes = work_.layout(nullptr, rows, band_, padded_, kernels_.operand_bytes);
+    const bool expanded = latent_ == LATENT_EXPANDED;
+    const Widths widths{padded_, value_padded_, latent_ == LATENT_NONE ? 0 : stored_padded_,
+                        expanded ? op_.sizes.nope_dim + op_.sizes.value_dim : 0, span_keys_};
+    const size_t bytes = work_.layout(nullptr, rows, band_, widths, kernels_.operand_bytes);
     std::unique_ptr<void, decltype(&std::free)> own(nullptr, &std::free);
     char* base = static_cast<char*>(team_.scratch);
     if (bytes > team_.scratch_bytes) {
       own.reset(std::aligned_alloc(64, bytes));
       base = static_cast<char*>(own.get());
     }
-    work_.layout(base, rows, band_, padded_, kernels_.operand_bytes);
+    work_.layout(base, rows, band_, widths, kernels_.operand_bytes);
+    if (expanded) maker_ = HeadMaker(op_, kernels_, widths, work_);
 
     pieces_.clear();
     const int64_t used = split ? collect_spans() : collect_items();
@@ -96,10 +114,12 @@ class Attention {
   }
 
  private:
+  int padded(int dim) const { return (dim + kernels_.align - 1) / kernels_.align * kernels_.align; }
+
   Memory memory(const CachePages& at) const {
-    const Pages pages(at, op_.meta, op_.head.dtype, op_.num_kv_heads, dim_);
+    const Pages pages(at, op_.meta, op_.head.dtype, op_.num_kv_heads, stored_dim_);
     const bool dense = at.format == CACHE_DENSE;
-    return {pages, dense && pages.vector == int64_t{padded_} * kernels_.operand_bytes};
+    return {pages, dense && pages.vector == int64_t{stored_padded_} * kernels_.operand_bytes};
   }
 
   int64_t cost(const Tile& tile, int keys) const {
@@ -115,8 +135,16 @@ class Attention {
   template <class Visit>
   void for_each_tile(Visit visit) const {
     const RowMeta& meta = op_.meta;
-    for (int r = 0; r < step_.rows;) {
-      Tile tile{r, 0, {}};
+    for (int r = 0, run_end = 0; r < step_.rows;) {
+      if (latent_ != LATENT_NONE && r >= run_end) {
+        const LatentRun run = latent_run(op_.sizes, step_, meta, r);
+        run_end = run.end;
+        if (run.expanded != (latent_ == LATENT_EXPANDED)) {
+          r = run_end;
+          continue;
+        }
+      }
+      Tile tile{r, 0, span_keys_, {}};
       for (; r < step_.rows && tile.tokens < tile_tokens_; ++r, ++tile.tokens) {
         if (meta.row_seq[r] != meta.row_seq[tile.first]) break;
         for (int m = 0; m < 2; ++m) tile.reach[m].join(row_reach(r, m));
@@ -177,7 +205,7 @@ class Attention {
   }
 
   int64_t part_floats(const Tile& tile) const {
-    return int64_t{tile.tokens} * group_ * (padded_ + 2);
+    return int64_t{tile.tokens} * group_ * (value_padded_ + 2);
   }
 
   int64_t collect_spans() {
@@ -208,9 +236,9 @@ class Attention {
     const int rows = tile.tokens * group_;
     std::fill_n(work_.sum, rows, 0.0f);
     for (int span = 0; span < tile.spans(); ++span)
-      for (int r = 0; r < rows; ++r, part += padded_ + 2)
-        kernels_.merge(part + 2, part[0], part[1], padded_, work_.acc + int64_t{r} * padded_,
-                       work_.max + r, work_.sum + r);
+      for (int r = 0; r < rows; ++r, part += value_padded_ + 2)
+        kernels_.merge(part + 2, part[0], part[1], value_padded_,
+                       work_.acc + int64_t{r} * value_padded_, work_.max + r, work_.sum + r);
     finish(tile, head, 1);
   }
 
@@ -219,7 +247,7 @@ class Attention {
     float* part = piece.part;
     for (int number = piece.first_span; number < piece.end_span; ++number) {
       const Span span = piece.tile.span(number);
-      if (piece.tile.tokens * group_ <= kTile)
+      if (piece.tile.tokens * group_ <= kTile && latent_ != LATENT_EXPANDED)
         stream_span(piece, span, part);
       else
         run_span(piece, span, part);
@@ -232,7 +260,8 @@ class Attention {
   void start(const Piece& piece) {
     const Tile& tile = piece.tile;
     const int rows = tile.tokens * group_;
-    kernels_.begin(rows);
+    kernels_.begin(latent_ == LATENT_EXPANDED ? kTile : rows);
+    if (latent_ == LATENT_EXPANDED) maker_.begin(piece.head);
     char* to = work_.queries;
     for (int h = 0; h < piece.heads; ++h) {
       for (int t = 0; t < tile.tokens; ++t) {
@@ -261,7 +290,7 @@ class Attention {
   const char* block(const Places& places, const Span& span, int head, bool values,
                     int key) const {
     const Pages& pages = memories_[span.memory].pages;
-    const int64_t plane = head + (values ? op_.num_kv_heads : 0);
+    const int64_t plane = latent_ != LATENT_NONE ? 0 : head + (values ? op_.num_kv_heads : 0);
     return places.blocks[(key - span.base) / kPanel] + plane * pages.at.page_tokens * pages.vector;
   }
 
@@ -270,7 +299,7 @@ class Attention {
   // unseen value is multiplied by zero and must therefore be a number.
   void read(const Span& span, int head, bool values, int from, int to, char* dst) {
     const Memory& memory = memories_[span.memory];
-    const int64_t bytes = int64_t{kPanel} * padded_ * kernels_.operand_bytes;
+    const int64_t bytes = panel_bytes(values ? value_padded_ : stored_padded_);
     const DType dtype = static_cast<DType>(op_.head.dtype);
     for (int key = from; key < to; key += kPanel, dst += bytes) {
       const int lo = std::max(span.lo - key, 0), hi = std::min(span.hi - key, kPanel);
@@ -279,15 +308,33 @@ class Attention {
         continue;
       }
       const char* source = block(places_, span, head, values, key);
+      if (values && latent_ != LATENT_NONE) {
+        if (!memory.as_stored) {
+          kernels_.read_keys(source, dtype, stored_dim_, stored_padded_, work_.latents);
+          source = work_.latents;
+        }
+        kernels_.turn(source, value_padded_, lo, hi, dst);
+        continue;
+      }
       if (memory.codes())
         (values ? kernels_.decode_values : kernels_.decode_keys)(
             reinterpret_cast<const uint8_t*>(source), memory.pages.at.format, dim_, padded_, dst);
       else if (values)
         kernels_.read_values(source, dtype, dim_, padded_, lo, hi, dst);
       else
-        kernels_.read_keys(source, dtype, dim_, padded_, dst);
+        kernels_.read_keys(source, dtype, stored_dim_, stored_padded_, dst);
       prefetch();
     }
+  }
+
+  int64_t panel_bytes(int width) const {
+    return int64_t{kPanel} * width * kernels_.operand_bytes;
+  }
+
+  // Keys and values of an expanded head, of latents [from, to).
+  void make(const Span& span, int head, int from, int to) {
+    read(span, head, false, from, to, work_.latents);
+    maker_.make(from, (to - from) / kPanel, span.lo, span.hi, work_.keys, work_.values);
   }
 
   // The scales of a span's keys and values, for each head of the piece.
@@ -326,13 +373,14 @@ class Attention {
     a.key += kPanel;
     if (a.key < a.span.hi) return;
     a.key = a.span.lo / kPanel * kPanel;
-    if (a.values && ++a.number < piece.end_span) {
+    const bool whole = a.values || latent_ != LATENT_NONE;
+    if (whole && ++a.number < piece.end_span) {
       enter();
-    } else if (a.values) {
+    } else if (whole) {
       ++a.piece;
       settle();
     }
-    a.values = !a.values;
+    a.values = !whole;
   }
 
   // To the beginning of the next piece that reads anything.
@@ -394,8 +442,8 @@ class Attention {
       for (int h = 0; h < piece.heads; ++h) {
         read(span, piece.head + h, true, k, k + kGroup, work_.values);
         kernels_.weigh(work_.scores + h * rows * kScoreStride,
-                       work_.probs + h * rows * kProbStride, rows, padded_, work_.values, k - base,
-                       kGroup, k > g0, work_.part + h * rows * padded_);
+                       work_.probs + h * rows * kProbStride, rows, value_padded_, work_.values,
+                       k - base, kGroup, k > g0, work_.part + h * rows * value_padded_);
       }
     }
     keep(0, rows * piece.heads, shared);
@@ -406,27 +454,34 @@ class Attention {
     const Tile& tile = piece.tile;
     const int base = span.base, rows = tile.tokens * group_;
     const int64_t key_bytes = int64_t{padded_} * kernels_.operand_bytes;
+    const int64_t value_bytes = int64_t{value_padded_} * kernels_.operand_bytes;
     const int g0 = span.first_group(), g1 = span.end_group();
     locate(tile, span, places_);
     read_scales(piece, span);
-    read(span, piece.head, false, g0, g1, work_.keys);
-    read(span, piece.head, true, g0, g1, work_.values);
+    if (latent_ == LATENT_EXPANDED) {
+      make(span, piece.head, g0, g1);
+    } else {
+      read(span, piece.head, false, g0, g1, work_.keys);
+      read(span, piece.head, true, g0, g1, work_.values);
+    }
     for (int first = 0; first < rows; first += kTile) {
       const int count = std::min(kTile, rows - first);
       Reach seen;
       for (int r = first; r < first + count; ++r) seen.join(work_.reach[span.memory][r]);
       const int lo = std::max(seen.lo, base) / kGroup * kGroup;
-      const int hi = (std::min(seen.hi, base + kSpan) + kGroup - 1) / kGroup * kGroup;
+      const int hi = (std::min(seen.hi, base + span_keys_) + kGroup - 1) / kGroup * kGroup;
       if (lo >= hi) {
-        if (shared) std::fill_n(shared + first * (padded_ + 2), count * (padded_ + 2), 0.0f);
+        if (shared)
+          std::fill_n(shared + first * (value_padded_ + 2), count * (value_padded_ + 2), 0.0f);
         continue;
       }
       kernels_.score(work_.queries + first * key_bytes, count, padded_,
                      work_.keys + (lo - g0) * key_bytes, (hi - lo) / kPanel,
                      work_.scores + lo - base);
       softmax(span, 0, first, count, lo, hi);
-      kernels_.weigh(work_.scores, work_.probs, count, padded_,
-                     work_.values + (lo - g0) * key_bytes, lo - base, hi - lo, false, work_.part);
+      kernels_.weigh(work_.scores, work_.probs, count, value_padded_,
+                     work_.values + (lo - g0) * value_bytes, lo - base, hi - lo, false,
+                     work_.part);
       keep(first, count, shared);
     }
   }
@@ -441,7 +496,7 @@ class Attention {
     for (int i = 0; i < count; ++i) {
       const Reach& seen = work_.reach[span.memory][first + i];
       const int lo = std::max(seen.lo - span.base, 0);
-      const int hi = std::min(seen.hi - span.base, kSpan);
+      const int hi = std::min(seen.hi - span.base, span_keys_);
       kernels_.softmax(work_.scores + (slot + i) * kScoreStride,
                        work_.probs + (slot + i) * kProbStride, lo, hi, g0 - span.base,
                        g1 - span.base, scale_, scales, part_max_ + slot + i,
@@ -452,15 +507,15 @@ class Attention {
   void keep(int first, int count, float* shared) {
     for (int i = 0; i < count; ++i) {
       const int r = first + i;
-      const float* part = work_.part + i * padded_;
+      const float* part = work_.part + i * value_padded_;
       if (shared) {
-        float* to = shared + int64_t{r} * (padded_ + 2);
+        float* to = shared + int64_t{r} * (value_padded_ + 2);
         to[0] = part_max_[i];
         to[1] = part_sum_[i];
-        std::memcpy(to + 2, part, 4 * padded_);
+        std::memcpy(to + 2, part, 4 * value_padded_);
       } else {
-        kernels_.merge(part, part_max_[i], part_sum_[i], padded_,
-                       work_.acc + int64_t{r} * padded_, work_.max + r, work_.sum + r);
+        kernels_.merge(part, part_max_[i], part_sum_[i], value_padded_,
+                       work_.acc + int64_t{r} * value_padded_, work_.max + r, work_.sum + r);
       }
     }
   }
@@ -469,7 +524,7 @@ class Attention {
     for (int r = 0; r < tile.tokens * group_ * heads; ++r) {
       const int query_head = (head + r / (tile.tokens * group_)) * group_ + r % group_;
       const int token = tile.first + r / group_ % tile.tokens;
-      const int64_t at = token * op_.out_stride + int64_t{query_head} * dim_;
+      const int64_t at = token * op_.out_stride + int64_t{query_head} * value_dim_;
       const float sum = work_.sum[r];
       float weight = sum > 0.0f ? 1.0f / sum : 0.0f;
       if (op_.sinks && sum > 0.0f) {
@@ -478,14 +533,14 @@ class Attention {
         const float mine = std::exp2(work_.max[r] - top);
         weight = mine / (sum * mine + std::exp2(sink - top));
       }
-      float* acc = work_.acc + int64_t{r} * padded_;
-      for (int d = 0; d < dim_; ++d) acc[d] = sum > 0.0f ? acc[d] * weight : 0.0f;
-      if (op_.hadamard) hadamard(acc, dim_);
+      float* acc = work_.acc + int64_t{r} * value_padded_;
+      for (int d = 0; d < value_dim_; ++d) acc[d] = sum > 0.0f ? acc[d] * weight : 0.0f;
+      if (op_.hadamard) hadamard(acc, value_dim_);
       if (op_.head.dtype == F32) {
-        std::memcpy(static_cast<float*>(op_.out) + at, acc, sizeof(float) * dim_);
+        std::memcpy(static_cast<float*>(op_.out) + at, acc, sizeof(float) * value_dim_);
       } else {
         uint16_t* out = static_cast<uint16_t*>(op_.out) + at;
-        for (int d = 0; d < dim_; ++d) out[d] = round_bf16(acc[d]);
+        for (int d = 0; d < value_dim_; ++d) out[d] = round_bf16(acc[d]);
       }
     }
   }
@@ -494,12 +549,16 @@ class Attention {
   const StepInfo& step_;
   const Team& team_;
   const AttentionKernels& kernels_;
-  const int dim_, padded_, group_;
+  const LatentForm latent_;
+  const int dim_, value_dim_, stored_dim_;  // of queries and keys; of results; of cached vectors
+  const int padded_, value_padded_, stored_padded_;
+  const int span_keys_, group_;
   const Memory memories_[2];  // the second: of the newest tokens, if there is one
   int tile_tokens_, band_ = 1;  // tokens a tile; kv heads a piece, at most
   int64_t total_ = 0;           // cost of the whole op
   SoftmaxScale scale_;
   Workspace work_;
+  HeadMaker maker_;
   std::vector<Piece>& pieces_;
   Places places_;  // of the span that is being read
   Ahead ahead_;

@@ -44,7 +44,12 @@ struct AttentionKernels {
   void (*read_keys)(const void* block, DType dtype, int dim, int padded, void* dst);
   void (*read_values)(const void* block, DType dtype, int dim, int padded, int lo, int hi,
                       void* dst);
-  // The same for blocks of codes: every one, in units of its vector's scale.
+  // For latents: the values that are the first `dim` dimensions of a panel of 16 keys, `dim` a
+  // multiple of `align`; those outside [lo, hi) become zero.
+  void (*turn)(const void* panel, int dim, int lo, int hi, void* dst);
+  // Panel lines of `count` dimensions, the first of them even, of 16 keys: scores[dimension][16].
+  void (*pack_made)(const float* scores, int count, void* lines);
+  // As read_keys and read_values for blocks of codes: every one, in units of its vector's scale.
   void (*decode_keys)(const uint8_t* block, int format, int dim, int padded, void* dst);
   void (*decode_values)(const uint8_t* block, int format, int dim, int padded, void* dst);
   // scores[r][16 * i ..] of consecutive panels

@@ -2,6 +2,7 @@
 // Included inside a target that has avx512f, bw, dq and vl.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include "attention_f32.h"
 

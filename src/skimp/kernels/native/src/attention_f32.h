@@ -10,6 +10,12 @@
 #include "attention.h"
 #include "attention_codes.h"
 
+#if defined(__clang__)
+#define SKIMP_SHUFFLE(I, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SKIMP_SHUFFLE(I, a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
+
 namespace skimp {
 namespace {
 
@@ -192,6 +198,37 @@ inline void read_values_f32(const void* block, DType dtype, int dim, int padded,
   }
 }
 
+// Four by four at a time, in vectors that every processor has.
+inline void turn_f32(const void* panel, int dim, int lo, int hi, void* dst) {
+  typedef float v4 __attribute__((vector_size(16)));
+  typedef int32_t i4 __attribute__((vector_size(16)));
+  const float* in = static_cast<const float*>(panel);
+  float* out = static_cast<float*>(dst);
+  for (int j = 0; j < kPanel; j += 4) {
+    for (int d = 0; d < dim; d += 4) {
+      v4 x[4], y[4];
+      for (int i = 0; i < 4; ++i) std::memcpy(&x[i], in + (d + i) * kPanel + j, 16);
+      for (int i = 0; i < 2; ++i) {
+        y[2 * i] = SKIMP_SHUFFLE(i4, x[i], x[i + 2], 0, 4, 1, 5);
+        y[2 * i + 1] = SKIMP_SHUFFLE(i4, x[i], x[i + 2], 2, 6, 3, 7);
+      }
+      for (int i = 0; i < 2; ++i) {
+        x[2 * i] = SKIMP_SHUFFLE(i4, y[i], y[i + 2], 0, 4, 1, 5);
+        x[2 * i + 1] = SKIMP_SHUFFLE(i4, y[i], y[i + 2], 2, 6, 3, 7);
+      }
+      for (int i = 0; i < 4; ++i) std::memcpy(out + (j + i) * dim + d, &x[i], 16);
+    }
+  }
+  for (int j = 0; j < kPanel; ++j)
+    if (j < lo || j >= hi) std::memset(out + j * dim, 0, sizeof(float) * dim);
+}
+
+inline void pack_made_f32(const float* scores, int count, void* lines) {
+  float* out = static_cast<float*>(lines);
+  for (int d = 0; d < count; ++d)
+    std::memcpy(out + d * kPanel, scores + d * kScoreStride, sizeof(float) * kPanel);
+}
+
 // R rows against P panels, all of head_dim.
 template <class V, int R, int P>
 inline void score_block(const float* q, int padded, const float* panels, float* scores) {
@@ -313,6 +350,8 @@ constexpr AttentionKernels KERNELS_F32{4,
                                        pack_query_f32,
                                        read_keys_f32,
                                        read_values_f32,
+                                       turn_f32,
+                                       pack_made_f32,
                                        decode_keys_f32,
                                        decode_values_f32,
                                        score_f32<V>,

@@ -20,7 +20,7 @@ struct Reach {
     lo = std::min(lo, other.lo);
     hi = std::max(hi, other.hi);
   }
-  int spans() const { return empty() ? 0 : (hi + kSpan - 1) / kSpan - lo / kSpan; }
+  int spans(int keys) const { return empty() ? 0 : (hi + keys - 1) / keys - lo / keys; }
 };
 
 // The keys of one span of a memory that a tile sees.
@@ -36,14 +36,15 @@ struct Span {
 // are numbered from 0: those of the first memory, then those of the newest tokens'.
 struct Tile {
   int first, tokens;
+  int keys;        // of a span
   Reach reach[2];  // what any of the rows sees
 
-  int spans() const { return reach[0].spans() + reach[1].spans(); }
+  int spans() const { return reach[0].spans(keys) + reach[1].spans(keys); }
   Span span(int number) const {
-    const int memory = number >= reach[0].spans();
+    const int memory = number >= reach[0].spans(keys);
     const Reach& seen = reach[memory];
-    const int base = (seen.lo / kSpan + number - memory * reach[0].spans()) * kSpan;
-    return {memory, base, std::max(seen.lo, base), std::min(seen.hi, base + kSpan)};
+    const int base = (seen.lo / keys + number - memory * reach[0].spans(keys)) * keys;
+    return {memory, base, std::max(seen.lo, base), std::min(seen.hi, base + keys)};
   }
 };
 
@@ -84,15 +85,24 @@ std::vector<Piece>& own_pieces() {
   return pieces;
 }
 
+// Numbers to a vector of each kind, padded as operands are, and keys to a span.
+struct Widths {
+  int key, value;  // of queries and keys; of values and results
+  int latent;      // 0: none are cached
+  int made;        // of latents for each head; 0: none
+  int span;
+};
+
 // A thread's working memory, carved from one block.
 struct Workspace {
   char *queries, *keys, *values;
+  char *latents, *made_values, *makers;  // what values are turned out of; matrix rows (HeadMaker)
   uint16_t* probs;
   float *scores, *part, *acc, *max, *sum;
   float *key_scales, *value_scales;  // [heads][kSpan]
   Reach* reach[2];                   // of each row
 
-  size_t layout(char* base, int rows, int heads, int padded, int operand_bytes) {
+  size_t layout(char* base, int rows, int heads, const Widths& widths, int operand_bytes) {
     size_t used = 0;
     const auto take = [&](size_t bytes) {
       char* p = base + used;
@@ -100,19 +110,22 @@ struct Workspace {
       return p;
     };
     const auto floats = [&](size_t n) { return reinterpret_cast<float*>(take(4 * n)); };
-    const size_t row = size_t{4} * padded;
-    queries = take(rows * row);
+    const auto vectors = [&](size_t n, int width) { return take(n * width * operand_bytes); };
+    queries = vectors(rows, widths.key);
     scores = floats(kTile * kScoreStride);
     probs = reinterpret_cast<uint16_t*>(take(2 * kTile * kProbStride));
-    part = floats(kTile * padded);
-    acc = floats(size_t(rows) * padded);
+    part = floats(kTile * widths.value);
+    acc = floats(size_t(rows) * widths.value);
     max = floats(rows);
     sum = floats(rows);
     for (Reach*& rows_of : reach) rows_of = reinterpret_cast<Reach*>(take(sizeof(Reach) * rows));
     key_scales = floats(size_t(heads) * kSpan);
     value_scales = floats(size_t(heads) * kSpan);
-    keys = take(size_t(kSpan) * padded * operand_bytes);
-    values = take(size_t(kSpan) * padded * operand_bytes);
+    keys = vectors(widths.span, widths.key);
+    values = vectors(widths.span, widths.value);
+    latents = vectors(widths.made ? widths.span : kPanel, widths.latent);
+    made_values = vectors(widths.made ? widths.span : 0, widths.value);
+    makers = vectors(widths.made ? widths.made + 2 * kTile : 0, widths.latent);
     return used;
   }
 };

@@ -42,6 +42,8 @@ const Kind KINDS[] = {
     {"pack", run_pack, sizeof(PackOp)},
     {"experts", run_experts, sizeof(ExpertsOp)},
     {"add", run_add, sizeof(AddOp)},
+    {"latent_append", run_latent_append, sizeof(LatentAppendOp)},
+    {"head_products", run_head_products, sizeof(HeadProductsOp)},
 };
 constexpr long NUM_KINDS = sizeof(KINDS) / sizeof(KINDS[0]);
 

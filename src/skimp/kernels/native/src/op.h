@@ -50,6 +50,8 @@ enum OpKind : int32_t {
   OP_PACK = 6,
   OP_EXPERTS = 7,
   OP_ADD = 8,
+  OP_LATENT_APPEND = 9,
+  OP_HEAD_PRODUCTS = 10,
 };
 
 // All ops have this signature; work is divided by (team.tid, team.size).
@@ -191,6 +193,20 @@ struct CachePages {
   int32_t page_tokens;   // a multiple of 16
 };
 
+// Latents (kernels/latent.py) are cached as keys of one kv head, without values: the normed latent,
+// then the rotated key, latent_dim + rope_dim numbers.
+//
+// A step's rows of a sequence attend in either of two forms. *Absorbed*, queries are brought to the
+// latent, where keys and values are the latents themselves. *Expanded*, every head's keys and
+// values are made of the latents seen, a span at a time.
+enum LatentForm : int32_t { LATENT_NONE = 0, LATENT_ABSORBED = 1, LATENT_EXPANDED = 2 };
+
+struct LatentSizes {
+  int32_t latent_dim, rope_dim;
+  int32_t nope_dim, value_dim;  // of a head
+  int32_t expand_rows;  // fewer rows of a sequence are never expanded; 0: none are
+};
+
 // QK-norm, RoPE and the Hadamard turn of queries (in place), keys and values; the latter two are
 // then written to `cache`, and to `recent` where that has a block table.
 struct RopeAppendOp {
@@ -209,6 +225,35 @@ struct RopeAppendOp {
   int32_t hadamard;      // 1: turn queries, keys and values
 };
 
+// Norm of latents, RoPE of their keys and of queries, and the append to the cache.
+struct LatentAppendOp {
+  OpHeader head;
+  RowMeta meta;
+  CachePages cache;
+  float* queries;        // [rows, q_stride]: of each head nope_dim, then rope_dim, rotated in place
+  int64_t q_stride;
+  float* absorbed;       // [rows, absorbed_stride]: of each head latent_dim, which are left alone,
+  int64_t absorbed_stride;  // then a copy of what was rotated
+  const float* latents;  // [rows, latents_stride]: latent_dim, then rope_dim
+  int64_t latents_stride;
+  const float* norm;     // [latent_dim]
+  const float* cos;      // [max_positions, rotary_dim / 2] or null (no rope)
+  const float* sin;
+  float norm_eps;
+  int32_t num_heads, rotary_dim, interleaved;
+  LatentSizes sizes;
+};
+
+// A product for each head, of the rows that are absorbed.
+struct HeadProductsOp {
+  OpHeader head;
+  RowMeta meta;
+  const MatmulOp* product;   // of the first head; the panels of the others follow
+  int64_t x_step, out_step;  // elements from head to head
+  int32_t num_heads;
+  LatentSizes sizes;
+};
+
 struct AttendOp {
   OpHeader head;
   RowMeta meta;
@@ -225,6 +270,11 @@ struct AttendOp {
   int32_t window;        // 0: whole past; else keys with position > row position - window
   int32_t recent_tokens; // keys with position > row position - recent_tokens are read in `recent`
   int32_t hadamard;      // 1: turn the result back
+  // LatentForm of the rows to compute. head_dim is that of queries; those absorbed have
+  // num_kv_heads groups of heads, which all read the same latents, and outputs of latent_dim.
+  int32_t latent;
+  LatentSizes sizes;
+  const void* made;      // expanded: [num_heads][nope_dim + value_dim][latent_dim] in head.dtype
 };
 
 // out = sum over a row's experts, in ascending order, of weight * down(gate_up(row)). The products
@@ -271,5 +321,7 @@ void run_attend(const void* op, const StepInfo& step, const Team& team);
 void run_pack(const void* op, const StepInfo& step, const Team& team);
 void run_experts(const void* op, const StepInfo& step, const Team& team);
 void run_add(const void* op, const StepInfo& step, const Team& team);
+void run_latent_append(const void* op, const StepInfo& step, const Team& team);
+void run_head_products(const void* op, const StepInfo& step, const Team& team);
 
 }  // namespace skimp

@@ -20,7 +20,7 @@ namespace skimp {
 namespace {
 
 constexpr size_t SCRATCH_BYTES = size_t{4} << 20;  // touched lazily
-constexpr size_t SHARED_BYTES = size_t{16} << 20;  // likewise
+constexpr size_t SHARED_BYTES = size_t{64} << 20;  // likewise
 constexpr int SPINS = 200;    // with pause: a few microseconds, about one small op
 constexpr int YIELDS = 400;   // then let neighbours run, still reacting within a microsecond or so
 

@@ -1,9 +1,10 @@
-// QK-norm, rotary embedding (Su et al. 2021), the Hadamard turn and the append of keys and values
-// to the cache.
+// QK-norm, rotary embedding (Su et al. 2021), the Hadamard turn and the append of keys and values,
+// or of latents, to the cache.
 // The loops are plain C++, compiled for several targets; without contraction or reassociation
 // all of them give the same bits.
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "cache_codes.h"
 #include "cache_pages.h"
@@ -124,27 +125,67 @@ SKIMP_ALWAYS void run_units(const RopeAppendOp& op, int64_t from, int64_t to) {
   }
 }
 
-void run_any(const RopeAppendOp& op, int64_t from, int64_t to) { run_units(op, from, to); }
+// Units are the heads of a row, then its latent.
+SKIMP_ALWAYS void run_units(const LatentAppendOp& op, int64_t from, int64_t to) {
+  const RowMeta& meta = op.meta;
+  const LatentSizes& sizes = op.sizes;
+  const int half = op.rotary_dim / 2, dim = sizes.latent_dim + sizes.rope_dim;
+  const Pages cache(op.cache, meta, op.head.dtype, 1, dim);
+  thread_local std::vector<float> cached;
+  cached.resize(dim);
+  for (int64_t unit = from; unit < to; ++unit) {
+    const int64_t row = unit / (op.num_heads + 1), head = unit % (op.num_heads + 1);
+    const int position = meta.positions[row];
+    const bool is_latent = head == op.num_heads;
+    float* x = cached.data();
+    if (is_latent)
+      std::memcpy(x, op.latents + row * op.latents_stride, sizeof(float) * dim);
+    else
+      x = op.queries + row * op.q_stride + head * (sizes.nope_dim + sizes.rope_dim);
+    float* rotated = x + (is_latent ? sizes.latent_dim : sizes.nope_dim);
+    if (op.cos)
+      rotate(rotated, op.cos + int64_t{position} * half, op.sin + int64_t{position} * half, half,
+             op.interleaved);
+    if (!is_latent) {
+      float* absorbed = op.absorbed + row * op.absorbed_stride + head * dim + sizes.latent_dim;
+      std::memcpy(absorbed, rotated, sizeof(float) * sizes.rope_dim);
+      continue;
+    }
+    norm(x, op.norm, sizes.latent_dim, op.norm_eps);
+    write_key(x, cache.block(meta.row_seq[row], 0, position), position % kBlock, dim,
+              op.head.dtype == BF16);
+  }
+}
+
+void run_any(const auto& op, int64_t from, int64_t to) { run_units(op, from, to); }
 
 #if defined(__x86_64__)
 __attribute__((target("avx2")))
-void run_avx2(const RopeAppendOp& op, int64_t from, int64_t to) { run_units(op, from, to); }
+void run_avx2(const auto& op, int64_t from, int64_t to) { run_units(op, from, to); }
 
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-void run_avx512(const RopeAppendOp& op, int64_t from, int64_t to) { run_units(op, from, to); }
+void run_avx512(const auto& op, int64_t from, int64_t to) { run_units(op, from, to); }
 #endif
 
-}  // namespace
-
-void run_rope_append(const void* op_, const StepInfo& step, const Team& team) {
-  const auto& op = *static_cast<const RopeAppendOp*>(op_);
-  const int64_t units = int64_t{step.rows} * op.num_kv_heads;
+void share_units(const auto& op, int64_t units, const Team& team) {
   const int64_t from = units * team.tid / team.size, to = units * (team.tid + 1) / team.size;
 #if defined(__x86_64__)
   if (current_isa() >= Isa::Avx512) return run_avx512(op, from, to);
   if (current_isa() >= Isa::Avx2) return run_avx2(op, from, to);
 #endif
   run_any(op, from, to);
+}
+
+}  // namespace
+
+void run_rope_append(const void* op_, const StepInfo& step, const Team& team) {
+  const auto& op = *static_cast<const RopeAppendOp*>(op_);
+  share_units(op, int64_t{step.rows} * op.num_kv_heads, team);
+}
+
+void run_latent_append(const void* op_, const StepInfo& step, const Team& team) {
+  const auto& op = *static_cast<const LatentAppendOp*>(op_);
+  share_units(op, int64_t{step.rows} * (op.num_heads + 1), team);
 }
 
 }  // namespace skimp
