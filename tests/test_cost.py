@@ -270,6 +270,19 @@ def test_mqa_reads_one_head() -> None:
     assert many.attention_flops == one.attention_flops
 
 
+def test_latents_are_met_or_expanded_whichever_is_less() -> None:
+    work, heads, made = llama_8b_latent(), 32, 32 * 256 * 512
+    one = step_cost(work, [SequenceStep(context=1024)])
+    assert one.attention_flops == 32 * 1024 * 2 * heads * (512 + 512 + 64)
+    prompt = step_cost(work, [SequenceStep(context=1024, tokens=1024)])
+    pairs = 1024 * 1025 // 2
+    assert prompt.attention_flops == 32 * pairs * 2 * heads * (128 + 64 + 128)
+    chunk = step_cost(work, [SequenceStep(context=8192, tokens=1024)])
+    pairs = sum(range(7169, 8193))
+    by_hand = pairs * 2 * heads * (128 + 64 + 128) + 2 * made * 7168
+    assert chunk.attention_flops == 32 * by_hand
+
+
 def test_mixed_batch_is_the_sum_of_its_sequences() -> None:
     work = model_work(make_spec())
     batch = [SequenceStep(context=5), SequenceStep(context=9, tokens=4, logits=0)]

@@ -238,15 +238,13 @@ def latent_attention(work: ModelWork, index: int, heads: int, head_dim: int) -> 
     ]
     dtype = work.mixers[index].cache.dtype
     mixers = list(work.mixers)
-    mixers[index] = MixerWork(
-        cache=CacheSpec(
-            kind="latent",
-            bytes_per_token=mixer.cached_dim * item_bytes(dtype),
-            dtype=dtype,
-            shape=(MLA_LATENT, MLA_ROPE),
-        ),
-        flops_per_pair=mixer.flops_per_pair,
+    cache = CacheSpec(
+        kind="latent",
+        bytes_per_token=mixer.cached_dim * item_bytes(dtype),
+        dtype=dtype,
+        shape=(MLA_LATENT, MLA_ROPE),
     )
+    mixers[index] = MixerWork.of(mixer, cache)
     return replace(work, matrices=tuple(kept[:-1] + new + kept[-1:]), mixers=tuple(mixers))
 
 

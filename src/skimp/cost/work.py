@@ -26,7 +26,7 @@ from typing import Literal
 
 from skimp.cache.spec import CacheSpec
 from skimp.formats.weight import WeightFormat
-from skimp.model.spec import ModelSpec
+from skimp.model.spec import LatentAttentionSpec, MixerSpec, ModelSpec
 
 Kind = Literal["matmul", "attention"]
 TERMS = {
@@ -106,12 +106,42 @@ class MatrixWork:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpandedWork:
+    """The other form of latent attention: operations per (query, key) pair, and per token of the
+    past whose keys and values are made anew (a new row's are among its matrices')."""
+
+    flops_per_pair: int
+    flops_per_made_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MixerWork:
-    """One layer's mixing of positions: its cache, and operations per (query, key) pair."""
+    """One layer's mixing of positions: its cache, and operations per (query, key) pair; where there
+    is another form, a backend takes the cheaper of the two."""
 
     cache: CacheSpec
     flops_per_pair: int
     flops_per_token: int = 0  # of a recurrent state
+    expanded: ExpandedWork | None = None
+
+    @classmethod
+    def of(cls, mixer: MixerSpec, cache: CacheSpec) -> MixerWork:
+        expanded = None
+        if isinstance(mixer, LatentAttentionSpec):
+            expanded = ExpandedWork(
+                flops_per_pair=mixer.expanded_flops_per_pair,
+                flops_per_made_token=mixer.flops_per_made_token,
+            )
+        return cls(cache=cache, flops_per_pair=mixer.flops_per_pair, expanded=expanded)
+
+    def flops(self, step: SequenceStep) -> int:
+        """Of one sequence's part of a step."""
+        pairs = _pairs(step, self.cache.horizon)
+        mixing = self.flops_per_pair * pairs
+        if self.expanded is not None:
+            made = self.expanded.flops_per_made_token * (step.context - step.tokens)
+            mixing = min(mixing, self.expanded.flops_per_pair * pairs + made)
+        return mixing + self.flops_per_token * step.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,10 +346,7 @@ def model_work(
     return ModelWork(
         name=spec.family,
         matrices=tuple(matrices),
-        mixers=tuple(
-            MixerWork(cache=cache, flops_per_pair=layer.mixer.flops_per_pair)
-            for layer, cache in zip(spec.layers, caches)
-        ),
+        mixers=tuple(MixerWork.of(layer.mixer, cache) for layer, cache in zip(spec.layers, caches)),
         embedding_rows=spec.vocab_size,
         embedding_row_bytes=spec.hidden_size * table_bits / 8,
         tied=spec.tie_embeddings,
@@ -394,10 +421,7 @@ def step_cost(work: ModelWork, batch: Iterable[SequenceStep]) -> StepCost:
             n = layers * count
             read[name] += n * _cache_read(cache, step)
             wrote[name] += n * _cache_written(cache, step)
-            flops[name] += n * (
-                mixer.flops_per_pair * _pairs(step, cache.horizon)
-                + mixer.flops_per_token * step.tokens
-            )
+            flops[name] += n * mixer.flops(step)
     terms += [
         Term(
             name=name,

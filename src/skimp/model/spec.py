@@ -122,6 +122,16 @@ class LatentAttentionSpec:
         """Of a query and a key that it sees, all heads, queries brought to the latent."""
         return 2 * self.num_heads * (2 * self.latent_dim + self.rope_dim)
 
+    @property
+    def expanded_flops_per_pair(self) -> int:
+        """The same once every head's key and value are made."""
+        return 2 * self.num_heads * (self.nope_dim + self.rope_dim + self.value_dim)
+
+    @property
+    def flops_per_made_token(self) -> int:
+        """Of all heads' keys and values of one latent."""
+        return 2 * self.num_heads * (self.nope_dim + self.value_dim) * self.latent_dim
+
     def matrices(self, hidden_size: int) -> dict[str, Shape]:
         if self.query_latent_dim is None:
             queries = {"q_proj": (hidden_size, self.query_dim)}

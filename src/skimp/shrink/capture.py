@@ -81,6 +81,7 @@ class HeadRunner:
 
     def __init__(self, spec: ModelSpec, norm: Tensor, matrix: Tensor | QuantizedWeight) -> None:
         self._norm, self._softcap = final_norm(spec, norm), spec.logit_softcap
+        self._scale = spec.logit_scale
         with torch.device("meta"):
             linear = Linear(spec.hidden_size, spec.vocab_size)
         value = matrix.dequantize() if isinstance(matrix, QuantizedWeight) else matrix.float()
@@ -93,7 +94,9 @@ class HeadRunner:
         near numbers."""
         step = whole_text(torch.zeros(len(hidden), dtype=torch.int32))
         with torch.no_grad():
-            logits = self._ops.logits(hidden, self._matrix, self._norm, self._softcap, step)
+            logits = self._ops.logits(
+                hidden, self._matrix, self._norm, self._softcap, step, scale=self._scale
+            )
         return logits.double().log_softmax(-1)
 
 
