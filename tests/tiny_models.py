@@ -50,10 +50,8 @@ def tiny_spec(windows: tuple[int | None, ...] = (None, 24, None, 100)) -> ModelS
     )
 
 
-def mixed_spec() -> ModelSpec:
-    """The whole past, windows and latents in turn."""
-    spec = tiny_spec()
-    latent = LatentAttentionSpec(
+def latent_mixer(query_latent_dim: int | None = 20) -> LatentAttentionSpec:
+    return LatentAttentionSpec(
         num_heads=4,
         latent_dim=24,
         rope_dim=8,
@@ -61,12 +59,24 @@ def mixed_spec() -> ModelSpec:
         value_dim=16,
         rope=RopeSpec(theta=10_000.0, rotary_dim=8, interleaved=True),
         scale=0.25,
-        query_latent_dim=20,
+        query_latent_dim=query_latent_dim,
     )
+
+
+def mixed_spec() -> ModelSpec:
+    """The whole past, windows and latents in turn."""
+    spec = tiny_spec()
     layers = list(spec.layers)
     for index in (1, 3):
-        layers.insert(index, dataclasses.replace(layers[0], mixer=latent))
+        layers.insert(index, dataclasses.replace(layers[0], mixer=latent_mixer()))
     return dataclasses.replace(spec, layers=tuple(layers))
+
+
+def with_latents(spec: ModelSpec, query_latent_dim: int | None) -> ModelSpec:
+    """All layers with latents in place of heads."""
+    mixer = latent_mixer(query_latent_dim)
+    layers = tuple(dataclasses.replace(layer, mixer=mixer) for layer in spec.layers)
+    return dataclasses.replace(spec, layers=layers)
 
 
 def tiny_decoder(spec: ModelSpec | None = None, seed: int = 0, dtype: str = "float32") -> Decoder:

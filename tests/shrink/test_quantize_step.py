@@ -9,13 +9,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from shrink.drive import apart, decoder_of, logits, named, run_step, spec_like, varied
-from tiny_models import tiny_decoder, tiny_spec
+from tiny_models import tiny_decoder, tiny_spec, with_latents
 
 from skimp.errors import ShrinkError
 from skimp.formats.weight import QuantizedWeight
 from skimp.model.decoder import Decoder
 from skimp.model.spec import ModelSpec
-from skimp.shrink.capture import GROUPS, LayerRunner, embedded
+from skimp.shrink.capture import LayerRunner, embedded
 from skimp.shrink.fold import narrow, wide
 from skimp.shrink.quantize import Quantize
 from skimp.shrink.quantize.calibrated import fold
@@ -27,6 +27,9 @@ TOKENS = torch.randint(1, 320, (3, 48), generator=torch.Generator().manual_seed(
 def model(**mixer: Any) -> tuple[ModelSpec, Decoder]:
     spec = spec_like(tiny_spec(), tied=False, **mixer)
     return spec, varied(tiny_decoder(spec))
+
+
+GROUPS = model()[0].layers[0].input_groups
 
 
 def step(**fields: Any) -> Quantize:
@@ -88,6 +91,33 @@ def test_awq_folding_is_exact(group: str, plus_one: bool) -> None:
     before = LayerRunner(spec, 0, own).forward(hidden)
     after = LayerRunner(spec, 0, narrow(unit, tensors)).forward(hidden)
     assert apart(before, after) < 1e-4
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "mixed"])
+@pytest.mark.parametrize("query_latent_dim", [None, 32])
+def test_latents(method: str, query_latent_dim: int | None) -> None:
+    """All matrices but the one that makes heads of latents, and no great harm."""
+    spec = with_latents(spec_like(tiny_spec(), tied=False), query_latent_dim)
+    decoder = varied(tiny_decoder(spec))
+    if method == "mixed":
+        quantize = Quantize(target_bits=6.0, candidates=("int4-g32", "int8"))
+    else:
+        quantize = step(method=method)
+    out_spec, out, _ = run_step(quantize, spec, named(decoder), TOKENS)
+    low = {n for n, t in out.items() if isinstance(t, QuantizedWeight)}
+    matrices = {n for n in named(decoder) if n.startswith("layers.") and n.endswith("_proj.weight")}
+    assert low == {n for n in matrices if "kv_b_proj" not in n}
+    assert {f"{n}.weight" for n in out_spec.formats} == low
+    ids = TOKENS[0].tolist()
+    mine = logits(decoder_of(dataclasses.replace(out_spec, formats={}), out), ids)
+    error = float((mine - logits(decoder, ids)).norm() / mine.norm())
+    assert 0 < error < 0.5
+
+
+def test_awq_refuses_latents() -> None:
+    spec = with_latents(tiny_spec(), None)
+    with pytest.raises(ShrinkError, match="method awq: layer 0 has latent attention"):
+        step(method="awq").need(spec)
 
 
 class Kept:

@@ -74,6 +74,12 @@ class AttentionSpec:
             "o_proj": (self.q_dim, hidden_size),
         }
 
+    @property
+    def input_groups(self) -> dict[str, tuple[str, ...]]:
+        """Matrices that read one input, by its name, in the order of a forward. Backends fuse
+        them, and so they share a format."""
+        return {"qkv": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",)}
+
     def vector_numbers(self, hidden_size: int) -> int:
         """In norms, biases and sinks."""
         total = 2 * self.head_dim if self.qk_norm else 0
@@ -147,6 +153,16 @@ class LatentAttentionSpec:
             "o_proj": (self.out_dim, hidden_size),
         }
 
+    @property
+    def input_groups(self) -> dict[str, tuple[str, ...]]:
+        """See :attr:`AttentionSpec.input_groups`. What makes heads of latents is in none: backends
+        take it apart, and hold it dense whatever the checkpoint has."""
+        if self.query_latent_dim is None:
+            queries: dict[str, tuple[str, ...]] = {"down": ("q_proj", "kv_a_proj")}
+        else:
+            queries = {"down": ("q_a_proj", "kv_a_proj"), "q_b_proj": ("q_b_proj",)}
+        return queries | {"o_proj": ("o_proj",)}
+
     def vector_numbers(self, hidden_size: int) -> int:
         """In norms and biases."""
         latents = self.query_latent_dim or 0
@@ -172,6 +188,11 @@ class GatedFFNSpec:
             "up_proj": (hidden_size, self.intermediate_size),
             "down_proj": (self.intermediate_size, hidden_size),
         }
+
+    @property
+    def input_groups(self) -> dict[str, tuple[str, ...]]:
+        """See :attr:`AttentionSpec.input_groups`."""
+        return {"gate_up": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
     def vector_numbers(self, hidden_size: int) -> int:
         return 2 * self.intermediate_size + hidden_size if self.bias else 0
@@ -285,6 +306,19 @@ class LayerSpec:
             f"{part}.{name}": shape
             for part, spec in parts
             for name, shape in spec.matrices(hidden_size).items()
+        }
+
+    @property
+    def input_groups(self) -> dict[str, tuple[str, ...]]:
+        """See :attr:`AttentionSpec.input_groups`: ``mixer.qkv`` and so on. Those of experts are not
+        among them, for a token reads some only."""
+        parts: list[tuple[str, dict[str, tuple[str, ...]]]] = [("mixer", self.mixer.input_groups)]
+        if isinstance(self.ffn, GatedFFNSpec):
+            parts.append(("ffn", self.ffn.input_groups))
+        return {
+            f"{part}.{group}": tuple(f"{part}.{name}" for name in names)
+            for part, groups in parts
+            for group, names in groups.items()
         }
 
     def chance(self, name: str) -> float:

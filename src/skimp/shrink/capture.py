@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Final, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,13 +20,6 @@ from skimp.model.rope import rope_tables
 from skimp.model.spec import ModelSpec
 from skimp.shrink.step import Tensors
 
-# Matrices of a layer that read the same input, as a backend fuses them.
-GROUPS: Final = {
-    "mixer.qkv": ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
-    "mixer.o_proj": ("mixer.o_proj",),
-    "ffn.gate_up": ("ffn.gate_proj", "ffn.up_proj"),
-    "ffn.down_proj": ("ffn.down_proj",),
-}
 Observe = Callable[[str, Tensor], None]
 Rounding = Literal["int8", "fp8"] | None
 
@@ -46,15 +39,16 @@ class LayerRunner:
             assign(self._layer, name.removeprefix(prefix), value)
         self._rope = spec.layers[layer].mixer.rope
         rounding: dict[str, Rounding] = {}
-        for group, names in GROUPS.items():
+        groups = spec.layers[layer].input_groups
+        for group, names in groups.items():
             matrix = tensors.get(f"{prefix}{names[0]}.weight")
             if isinstance(matrix, QuantizedWeight):
                 rounding[group] = matrix.format.activations
-        self._ops = _ObservedOps(self._layer, rounding)
+        self._ops = _ObservedOps(self._layer, groups, rounding)
 
     def forward(self, hidden: Tensor, observe: Observe | None = None) -> Tensor:
         """Activations that leave the layer, float32 [samples, T, D]. ``observe(group, x)`` sees
-        the inputs [T, in_features] of each group of :data:`GROUPS`, sample by sample."""
+        the inputs [T, in_features] of each of the layer's ``input_groups``, sample by sample."""
         step = self._bind(hidden.shape[1])
         self._ops.observe, self._ops.until = observe, None
         with torch.no_grad():
@@ -111,15 +105,18 @@ class _Seen(Exception):
 
 
 class _ObservedOps(PlainOps):
-    def __init__(self, layer: DecoderLayer, rounding: Mapping[str, Rounding]) -> None:
+    def __init__(
+        self,
+        layer: DecoderLayer,
+        groups: Mapping[str, tuple[str, ...]],
+        rounding: Mapping[str, Rounding],
+    ) -> None:
         super().__init__()
         self._rounding = rounding
         self.observe: Observe | None = None
         self.until: str | None = None  # the group behind whose inputs nothing is computed
         modules = dict(layer.named_modules())
-        firsts = {group: names[0] for group, names in GROUPS.items()}
-        # A mixer that has other projections has other groups, which nobody watches.
-        self._groups = {id(modules[name]): g for g, name in firsts.items() if name in modules}
+        self._groups = {id(modules[names[0]]): group for group, names in groups.items()}
 
     def _product(self, x: Tensor, matrix: PlainMatrix) -> Tensor:
         group = self._groups.get(id(matrix.linears[0]))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from skimp.formats.weight import QuantizedWeight, WeightFormat
 from skimp.kernels.plain import rms_norm
-from skimp.shrink.capture import GROUPS, LayerRunner, final_norm
+from skimp.shrink.capture import LayerRunner, final_norm
 from skimp.shrink.fold import divide_norm, gain, narrow, require_attention, wide
 from skimp.shrink.quantize.awq import search_factors
 from skimp.shrink.quantize.gptq import gptq
@@ -45,7 +45,7 @@ def gptq_layer(
 ) -> dict[str, Tensor | QuantizedWeight]:
     """Group by group, each with the inputs that the groups before it, already rounded, make."""
     out = dict(unit.tensors)
-    for group, names in GROUPS.items():
+    for group, names in _groups(unit).items():
         matrices = [f"{unit.name}.{name}" for name in names]
         if matrices[0] not in formats:
             continue
@@ -69,13 +69,12 @@ def awq_layer(
     unit: Unit, hidden: Tensor, formats: Mapping[str, WeightFormat]
 ) -> dict[str, Tensor | QuantizedWeight]:
     """Scales folded from the last group to the first, then every matrix rounded."""
-    assert unit.layer is not None
-    seen = observe(unit, unit.tensors, hidden, tuple(GROUPS))
+    groups = _groups(unit)
+    seen = observe(unit, unit.tensors, hidden, tuple(groups))
     mixed = {n: t for n, t in unit.tensors.items() if isinstance(t, QuantizedWeight)}
     assert not mixed, next(iter(mixed))
-    tensors, moments = wide(unit), {group: seen[group].moments for group in GROUPS}
-    for group in reversed(GROUPS):
-        matrices = GROUPS[group]
+    tensors, moments = wide(unit), {group: seen[group].moments for group in groups}
+    for group, matrices in reversed(groups.items()):
         form = formats.get(f"{unit.name}.{matrices[0]}")
         if form is None or not _foldable(unit, group):
             continue
@@ -84,7 +83,7 @@ def awq_layer(
         s = fold(unit, tensors, group, s.double())
         moments[group] = moments[group] / s[:, None] / s
     out: dict[str, Tensor | QuantizedWeight] = dict(narrow(unit, tensors))
-    for group, matrices in GROUPS.items():
+    for group, matrices in groups.items():
         for name in matrices:
             matrix = f"{unit.name}.{name}"
             if matrix in formats:
@@ -96,6 +95,11 @@ def awq_layer(
                     importance=blocks,
                 )
     return out
+
+
+def _groups(unit: Unit) -> dict[str, tuple[str, ...]]:
+    assert unit.layer is not None
+    return unit.spec.layers[unit.layer].input_groups
 
 
 def _foldable(unit: Unit, group: str) -> bool:
@@ -118,12 +122,12 @@ def fold(unit: Unit, tensors: dict[str, Tensor], group: str, s: Tensor) -> Tenso
         divide_norm(trial, norm, (), s, unit.spec)
         after = gain(trial[f"{norm}.weight"].to(stored).double(), unit.spec)
         s = torch.where((before != 0) & (after != 0), before / after, torch.ones_like(s))
-        divide_norm(tensors, norm, GROUPS[group], s, unit.spec)
+        divide_norm(tensors, norm, _groups(unit)[group], s, unit.spec)
         return s
     tensors[f"{source}.weight"] = tensors[f"{source}.weight"] / s[:, None]
     if f"{source}.bias" in tensors:
         tensors[f"{source}.bias"] = tensors[f"{source}.bias"] / s
-    for matrix in GROUPS[group]:
+    for matrix in _groups(unit)[group]:
         tensors[f"{matrix}.weight"] = tensors[f"{matrix}.weight"] * s
     return s
 

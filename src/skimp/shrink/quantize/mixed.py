@@ -34,7 +34,7 @@ from skimp.cost.work import item_bytes
 from skimp.errors import ShrinkError
 from skimp.formats.weight import QuantizedWeight, WeightFormat, quantize
 from skimp.model.loading import parameter_shapes
-from skimp.shrink.capture import GROUPS, HeadRunner, LayerRunner, embedded
+from skimp.shrink.capture import HeadRunner, LayerRunner, embedded
 from skimp.shrink.quantize.step import DENSE
 from skimp.shrink.step import UnitResult
 
@@ -121,9 +121,9 @@ class MixedPrecision:
         matrix."""
         shapes = parameter_shapes(spec)
         names = [
-            tuple(f"layers.{layer}.{name}" for name in group)
-            for layer in range(spec.num_layers)
-            for group in GROUPS.values()
+            tuple(f"layers.{index}.{name}" for name in group)
+            for index, layer in enumerate(spec.layers)
+            for group in layer.input_groups.values()
         ]
         names += [("lm_head",)] if self.lm_head else []
         return [
@@ -355,7 +355,9 @@ def _solver() -> tuple[Any, Any]:
 
 
 def _groups(unit: Unit) -> list[tuple[str, ...]]:
-    return [tuple(f"{unit.name}.{name}" for name in names) for names in GROUPS.values()]
+    assert unit.layer is not None
+    groups = unit.spec.layers[unit.layer].input_groups.values()
+    return [tuple(f"{unit.name}.{name}" for name in names) for names in groups]
 
 
 def _dense(unit: Unit, name: str) -> Tensor:

@@ -21,12 +21,6 @@ if TYPE_CHECKING:
     from skimp.shrink.quantize.mixed import MixedPrecision
     from skimp.shrink.step import Run, Tensors, Unit
 
-GROUPS: Final = (
-    ("mixer.q_proj", "mixer.k_proj", "mixer.v_proj"),
-    ("mixer.o_proj",),
-    ("ffn.gate_proj", "ffn.up_proj"),
-    ("ffn.down_proj",),
-)  # share their input, so a backend fuses them and they share a format
 GPTQ_ONLY: Final = ("damping", "block", "act_order")
 CALIBRATED: Final = ("gptq", "awq")
 UNIFORM_ONLY: Final = ("format", "group_size", "symmetric", "activations")
@@ -135,7 +129,8 @@ class Quantize(BaseModel):
     # ---- plan -----------------------------------------------------------------------------
 
     def need(self, spec: ModelSpec) -> Need:
-        require_attention(spec, self.kind)
+        if self.method == "awq":  # it folds what it finds into what makes an input
+            require_attention(spec, f"{self.kind}: method awq")
         ffns = require_gated(spec, self.kind)
         targets = self.formats(spec) if self.target_bits is None else self._targets(spec)
         if not targets and self.target_bits is None:
@@ -202,9 +197,9 @@ class Quantize(BaseModel):
             for name, width in shapes.items()
             if name not in optional and not any(fnmatchcase(name, p) for p in self.exclude)
         }
-        for layer in range(spec.num_layers):
-            for group in GROUPS:
-                names = [f"layers.{layer}.{name}" for name in group]
+        for index, layer in enumerate(spec.layers):
+            for group in layer.input_groups.values():
+                names = [f"layers.{index}.{name}" for name in group]
                 inside = [name for name in names if name in chosen]
                 if inside and len(inside) < len(names):
                     left = next(name for name in names if name not in chosen)
@@ -305,11 +300,12 @@ class Quantize(BaseModel):
 
 
 def _inputs(spec: ModelSpec) -> dict[str, int]:
-    """Inputs of every matrix, in the decoder's order."""
+    """Inputs of every matrix that may become low-bit, in the decoder's order."""
     widths = {"embed_tokens": spec.hidden_size}
     for i, layer in enumerate(spec.layers):
-        for name, (width, _) in layer.matrices(spec.hidden_size).items():
-            widths[f"layers.{i}.{name}"] = width
+        shapes = layer.matrices(spec.hidden_size)
+        for group in layer.input_groups.values():
+            widths |= {f"layers.{i}.{name}": shapes[name][0] for name in group}
     if not spec.tie_embeddings:
         widths["lm_head"] = spec.hidden_size
     return widths
