@@ -174,6 +174,10 @@ def test_retrieval_stands_beside_the_tasks(
     for wrong, named in (
         (["--retrieval", "50"], "retrieval: contexts of at least 96"),
         (["--retrieval", "256"], "retrieval: 256 tokens and an answer"),
+        (
+            ["--retrieval", "200", "--cache-bytes", "20k", "--context", "8", "--new-tokens", "2"],
+            "retrieval: 200 tokens and an answer do not fit the",
+        ),
         (["--retrieval-items", "5"], "retrieval_items: needs --retrieval"),
     ):
         refused = skimp(*common, *wrong)

@@ -92,6 +92,21 @@ def test_windows_and_reused_prompts_run_too(prefix_cache: bool, options: dict[st
     assert all(r.cache_bytes_held <= 1_000_000 for r in results)
 
 
+def test_a_large_batch_makes_the_steps_of_all_cases_longer() -> None:
+    """So that while a long prompt is read, windows need more room than with steps as they were."""
+    narrow = tiny_spec((None, 24, 24, 24))
+    options = EngineOptions(cache_bytes=14_800_000)
+    (long,), _ = plan_cases(narrow, options, [None], [900], 8, name="it")
+    (short, beside), chosen = plan_cases(narrow, options, [None], [1, 900], 8, name="it")
+    assert short.batch == chosen.step_tokens > 512 and beside.batch < long.batch
+    engine = build(narrow, chosen)
+    bench(engine, [beside], hardware_by_name("desktop"), rounds=1)
+    assert engine.scheduler.preemptions == 0
+    with pytest.raises(ValueError, match="which hold"):
+        more = [beside.batch + 1]
+        plan_cases(narrow, dataclasses.replace(chosen, max_batch=64), more, [900], 8, name="it")
+
+
 @pytest.mark.parametrize(
     ("spec", "options"),
     [

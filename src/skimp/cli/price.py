@@ -180,7 +180,13 @@ def price(
             max_batch=changes.get("max_batch"),
             least_batch=asking.BATCH if task or hidden else 2,
         )
-        entries.append(Entry(name=name, model=model, spec=spec, options=options, cases=cases))
+        entry = Entry(name=name, model=model, spec=spec, options=options, cases=cases)
+        if hidden is not None and max(hidden.contexts) > (held := longest_window(entry, None)):
+            raise ValueError(
+                f"retrieval: {max(hidden.contexts)} tokens and an answer do not fit the "
+                f"{options.cache_bytes:,} cache bytes of {name}, which hold {held}"
+            )
+        entries.append(entry)
     longest = min(longest_window(entry, longest) for entry in entries)
     groups = fitting(entries)
     prices = []

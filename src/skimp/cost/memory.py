@@ -29,7 +29,7 @@ def memory_plan(
     """Bytes for ``batch`` sequences of ``context`` tokens, in cache pages of ``page_tokens``.
 
     The workspace is what one step of ``step_tokens`` rows holds at once: the widest product's
-    input and output, and float32 logits of every sequence.
+    input and output, or a mixer's own numbers beside them, and float32 logits of every sequence.
     """
     if batch < 1:
         raise ValueError(f"batch: at least 1, not {batch}")
@@ -38,7 +38,7 @@ def memory_plan(
     rows = max(batch, step_tokens)
     # A row is there once for each expert it goes to.
     widths = (m.used * (m.in_features + m.out_features) for m in work.matrices if not m.head)
-    widest = max(widths, default=0)
+    widest = max(widths, default=0) + max((m.row_numbers for m in work.mixers), default=0)
     return MemoryPlan(
         batch=batch,
         context=context,

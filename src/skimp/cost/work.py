@@ -123,16 +123,22 @@ class MixerWork:
     flops_per_pair: int
     flops_per_token: int = 0  # of a recurrent state
     expanded: ExpandedWork | None = None
+    row_numbers: int = 0  # of a step's row, besides what its matrices read and make
 
     @classmethod
     def of(cls, mixer: MixerSpec, cache: CacheSpec) -> MixerWork:
-        expanded = None
-        if isinstance(mixer, LatentAttentionSpec):
-            expanded = ExpandedWork(
+        if not isinstance(mixer, LatentAttentionSpec):
+            return cls(cache=cache, flops_per_pair=mixer.flops_per_pair)
+        return cls(
+            cache=cache,
+            flops_per_pair=mixer.flops_per_pair,
+            expanded=ExpandedWork(
                 flops_per_pair=mixer.expanded_flops_per_pair,
                 flops_per_made_token=mixer.flops_per_made_token,
-            )
-        return cls(cache=cache, flops_per_pair=mixer.flops_per_pair, expanded=expanded)
+            ),
+            # Queries brought to the latent, and what is mixed there.
+            row_numbers=mixer.num_heads * (mixer.cached_dim + mixer.latent_dim),
+        )
 
     def flops(self, step: SequenceStep) -> int:
         """Of one sequence's part of a step."""

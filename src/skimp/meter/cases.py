@@ -52,22 +52,20 @@ class Case:
 
 
 def holds(arena: Arena, options: EngineOptions, case: Case) -> bool:
-    """Whether a cache admits each request of a case, and holds all of them up to their last
-    token."""
+    """Whether a cache admits each request of a case, reads the last prompt beside the others, and
+    holds all of them up to their last token."""
     layout, last = arena.layout, case.context + case.new_tokens
     admitted = layout.pages_needed(last + SPARE_TOKENS, options.step_tokens)
     # A step that is launched before the last timed one has landed holds one token more.
     grown = layout.pages_needed(last + options.overlaps)
-    return arena.could_hold(admitted) and arena.could_hold([case.batch * n for n in grown])
-
-
-def holds_prompts(arena: Arena, options: EngineOptions, case: Case) -> bool:
-    """Whether a cache holds the last prompt as it is read beside the others, nothing reused: of a
-    window it then has the tokens of a step besides."""
-    layout = arena.layout
+    # A prompt of which nothing is reused has the tokens of a step besides its windows.
     resting = layout.pages_needed(case.context)
     reading = layout.pages_needed(case.context, min(case.context, options.step_tokens))
-    return arena.could_hold([(case.batch - 1) * n + m for n, m in zip(resting, reading)])
+    return (
+        arena.could_hold(admitted)
+        and arena.could_hold([(case.batch - 1) * n + m for n, m in zip(resting, reading)])
+        and arena.could_hold([case.batch * n for n in grown])
+    )
 
 
 def check_case(arena: Arena, options: EngineOptions, case: Case, name: str) -> None:
@@ -115,15 +113,15 @@ def plan_cases(
         except ValueError as error:
             raise ValueError(f"cache_bytes: {error} ({name})") from error
 
-    def grown(batch: int) -> EngineOptions:
-        """The options for at least this batch."""
+    def grown(batch: int, step_tokens: int) -> EngineOptions:
+        """The options for at least this batch, and steps of at least so many tokens."""
         budget = options.token_budget
-        if budget is None and batch > options.step_tokens:
-            budget = batch
+        if budget is None and max(batch, step_tokens) > options.step_tokens:
+            budget = max(batch, step_tokens)
         own = max(least_batch, batch) if max_batch is None else max_batch
         return replace(options, max_batch=own, token_budget=budget)
 
-    def at_most(context: int) -> Case:
+    def at_most(context: int, step_tokens: int) -> Case:
         if arena is None:
             raise ValueError(f"batch: max needs the cache_bytes that {name} shall fill")
         case = Case(batch=1, context=context, new_tokens=new_tokens)
@@ -133,8 +131,7 @@ def plan_cases(
                 ceiling, limit = most, f"{field} {most}"
 
         def fits(batch: int) -> bool:
-            larger, options = replace(case, batch=batch), grown(batch)
-            return holds(arena, options, larger) and holds_prompts(arena, options, larger)
+            return holds(arena, grown(batch, step_tokens), replace(case, batch=batch))
 
         batch = largest(fits, ceiling)
         if not batch:
@@ -148,14 +145,20 @@ def plan_cases(
         bound = limit if batch == ceiling and fits(batch + 1) else CACHE_BYTES
         return replace(case, batch=batch, limited_by=bound)
 
-    cases = [
-        at_most(context)
-        if batch is None
-        else Case(batch=batch, context=context, new_tokens=new_tokens)
-        for batch in batches
-        for context in contexts
-    ]
-    final = grown(max(case.batch for case in cases))
+    def planned(step_tokens: int) -> list[Case]:
+        return [
+            at_most(context, step_tokens)
+            if batch is None
+            else Case(batch=batch, context=context, new_tokens=new_tokens)
+            for batch in batches
+            for context in contexts
+        ]
+
+    # The largest batch makes the steps of all cases longer, and longer steps may leave room for
+    # fewer sequences: once they are known, no batch grows any more.
+    cases = planned(options.step_tokens)
+    cases = planned(grown(max(case.batch for case in cases), 0).step_tokens)
+    final = grown(max(case.batch for case in cases), 0)
     if arena is not None:
         for case in cases:
             check_case(arena, final, case, name)
