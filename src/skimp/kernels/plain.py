@@ -28,7 +28,13 @@ from skimp.kernels.ops import (
 )
 from skimp.kernels.whole import attend_whole
 from skimp.model.layers import FusedExperts, Linear, RMSNorm, stacked_bias
-from skimp.model.spec import Activation, ClampedSwiGLU, ExpertsSpec, LatentAttentionSpec
+from skimp.model.spec import (
+    Activation,
+    ClampedSwiGLU,
+    ExpertsSpec,
+    LatentAttentionSpec,
+    RopeSpec,
+)
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -299,11 +305,7 @@ class PlainOps:
         v = v.unflatten(-1, (spec.num_kv_heads, spec.head_dim))
         if params.q_norm is not None and params.k_norm is not None:
             q, k = rms_norm(q, params.q_norm), rms_norm(k, params.k_norm)
-        if params.rope is not None and spec.rope is not None:
-            positions = step.positions.to(torch.int64)
-            cos, sin = params.rope[0][positions], params.rope[1][positions]
-            q = apply_rope(q, cos, sin, interleaved=spec.rope.interleaved)
-            k = apply_rope(k, cos, sin, interleaved=spec.rope.interleaved)
+        q, k = _rotated((q, k), spec.rope, params.rope, step)
         turned = False
         if step.arena is not None:
             assert params.cache is not None, "the decoder was bound without a cache"
@@ -340,11 +342,7 @@ class PlainOps:
         nope, rotated = q.split((spec.nope_dim, spec.rope_dim), dim=-1)
         c, key = latents.float().split((spec.latent_dim, spec.rope_dim), dim=-1)
         c, key = rms_norm(c, params.latent_norm), key[:, None]
-        if params.rope is not None and spec.rope is not None:
-            positions = step.positions.to(torch.int64)
-            cos, sin = params.rope[0][positions], params.rope[1][positions]
-            rotated = apply_rope(rotated, cos, sin, interleaved=spec.rope.interleaved)
-            key = apply_rope(key, cos, sin, interleaved=spec.rope.interleaved)
+        rotated, key = _rotated((rotated, key), spec.rope, params.rope, step)
         cached = torch.cat((c[:, None], key), dim=-1)
         if step.arena is not None:
             assert params.cache is not None, "the decoder was bound without a cache"
@@ -428,6 +426,20 @@ def _beside(parts: list[Tensor]) -> Tensor:
 
 def _below(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def _rotated(
+    parts: tuple[Tensor, ...],
+    rope: RopeSpec | None,
+    tables: tuple[Tensor, Tensor] | None,
+    step: StepInputs,
+) -> tuple[Tensor, ...]:
+    """Queries and keys [R, H, K] at the step's positions."""
+    if rope is None or tables is None:
+        return parts
+    positions = step.positions.to(torch.int64)
+    cos, sin = tables[0][positions], tables[1][positions]
+    return tuple(apply_rope(x, cos, sin, interleaved=rope.interleaved) for x in parts)
 
 
 def _held(linear: Linear) -> Tensor | QuantizedWeight:
