@@ -460,7 +460,7 @@ class Engine:
             if request.finished:
                 outputs.append(self._close(request, delta=delta, new_token_ids=tokens))
             else:
-                outputs.append(request.output(delta=delta, new_token_ids=tokens))
+                outputs.append(request.output(False, delta=delta, new_token_ids=tokens))
         return outputs
 
     def _advance(self, seq: Sequence, gain: Accepted) -> tuple[str, list[int]]:
@@ -498,7 +498,7 @@ class Engine:
     ) -> RequestOutput:
         del self._requests[request.request_id]
         request.metrics.finished = time.monotonic()
-        return request.output(delta=delta, new_token_ids=new_token_ids)
+        return request.output(True, delta=delta, new_token_ids=new_token_ids)
 
     # ---- scoring --------------------------------------------------------------------------
 

@@ -15,15 +15,21 @@ from skimp.decoding.stops import FinishReason, StopChecker
 from skimp.engine.reading import DescribeTokens, PromptReader
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class Completion:
     """One sample of a request. ``logprobs`` has an entry a token when they were asked for."""
 
     index: int
     text: str
-    token_ids: list[int]
     finish_reason: FinishReason | None
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[TokenLogprobs] | None
+    _tokens: list[int] = field(repr=False)  # of the sequence, which go on growing
+    _span: slice = field(repr=False)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the output, made when they are asked for: most steps' outputs nobody reads."""
+        return self._tokens[self._span]
 
 
 @dataclass
@@ -107,12 +113,14 @@ class Request:
     def finished(self) -> bool:
         return all(seq.ended for seq in self.sequences)
 
-    def output(self, *, delta: str = "", new_token_ids: list[int] | None = None) -> RequestOutput:
+    def output(
+        self, finished: bool, *, delta: str = "", new_token_ids: list[int] | None = None
+    ) -> RequestOutput:
         return RequestOutput(
             request_id=self.request_id,
             prompt_token_ids=self.prompt_ids,
             outputs=[seq.completion() for seq in self.sequences],
-            finished=self.finished,
+            finished=finished,
             metrics=self.metrics,
             delta=delta,
             new_token_ids=new_token_ids or [],
@@ -192,7 +200,8 @@ class Sequence:
         return Completion(
             index=self.index,
             text=self.text,
-            token_ids=self.tokens[self.num_prompt :],
             finish_reason=self.finish_reason,
             logprobs=self.logprobs,
+            _tokens=self.tokens,
+            _span=slice(self.num_prompt, len(self.tokens)),
         )
