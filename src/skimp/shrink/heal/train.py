@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from skimp.shrink.heal.step import Heal
 
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
-MOST_HELD_OUT: Final = 16384  # tokens, unless the recipe says how many
+LEAST_HELD_OUT, MOST_HELD_OUT = 512, 16384  # tokens, unless the recipe says how many
 HELD_OUT_SHARE: Final = 20  # the text's tokens over them, at least
 SELF: Final = "self"
 
@@ -144,7 +144,7 @@ class Healer:
         started = self._progress.part
         docs = self._documents(fresh=saved is None)
         size = sum(map(len, docs))
-        held_tokens = step.held_out or max(2, min(MOST_HELD_OUT, size // HELD_OUT_SHARE))
+        held_tokens = step.held_out or _held_out(step, size)
         held, rest = split_off(docs, held_tokens, self._whole.seed)
         self._held = packed(cut(held, step.length), step.rows)
         self._note_rounds(size - held_tokens)
@@ -357,6 +357,15 @@ class _Optimizer:
             moments = {m: tensors[f"{name}:{m}"].to(master.device, copy=True) for m in MOMENTS}
             count = torch.tensor(float(updates), device=master.device)
             self._adamw.state[master] = {"step": count, **moments}
+
+
+def _held_out(step: Heal, size: int) -> int:
+    """Tokens of a text of ``size`` that are worth holding out: all measurements together take a
+    fifth of the training's time at most, a token's forward through both models being half of it."""
+    measurements = -(-step.steps // step.measures_at) + 1
+    affordable = 2 * step.steps * step.batch // (5 * measurements)
+    wanted = min(MOST_HELD_OUT, max(LEAST_HELD_OUT, affordable))
+    return max(2, min(wanted, size // HELD_OUT_SHARE))
 
 
 def _changed(whole: Whole) -> list[int]:
