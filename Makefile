@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Without a GPU, pin the CPU build of PyTorch.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo --constraint constraints-cpu.txt)
+# Tests run in so many processes, each with a thread of its own.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 NATIVE := $(wildcard src/skimp/kernels/native/src/*) setup.py
 
 .PHONY: demo test test-all lint format clean
@@ -25,10 +28,10 @@ demo: $(VENV)/.installed
 	$(BIN)/skimp price tales build/tales-int4 --batch 1,8 --context 128 --rounds 2 --max-bytes 40k
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
