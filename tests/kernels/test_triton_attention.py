@@ -3,7 +3,6 @@ in Triton's interpreter (float32: it is not to be trusted with bfloat16 products
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,11 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from hopper import ptx_of  # noqa: E402
+from packed_rows import Rows, packed_step  # noqa: E402
 
 from skimp.cache.formats import dequantize, hadamard, quantize  # noqa: E402
 from skimp.cache.layout import CacheLayout  # noqa: E402
-from skimp.kernels.ops import AttentionParams, StepInputs  # noqa: E402
+from skimp.kernels.ops import AttentionParams  # noqa: E402
 from skimp.kernels.plain import PlainOps  # noqa: E402
 from skimp.kernels.triton.attention import Tile, paged_attention, plan_attention  # noqa: E402
 from skimp.model.layers import RMSNorm  # noqa: E402
@@ -30,7 +30,6 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 DTYPES = [torch.float32, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float32]
 SMALL = Tile(block_m=16, block_n=16, warps=4, stages=2)
 MANY = Tile(block_m=32, block_n=16, warps=4, stages=2)
-Rows = tuple[int, int, int]  # sequence, first position, number; a negative position is padding
 
 
 def attention(dim: int = 64, **fields: object) -> AttentionSpec:
@@ -100,29 +99,12 @@ class Twins:
         self.nothing = nothing  # every bit set is NaN in every format that has one
         self.arena, self.wanted_arena = nothing.to(DEVICE), nothing.clone()
 
-    def step(self, rows: Sequence[Rows], ends: Tensor | None, arena: Tensor) -> StepInputs:
-        positions = torch.cat(
-            [torch.arange(p, p + n) if p >= 0 else torch.full((n,), -1) for _, p, n in rows]
-        ).int()
-        seqs = torch.cat([torch.full((n,), seq) for seq, _, n in rows]).int()
-        starts = torch.tensor([0, *itertools.accumulate(n for _, _, n in rows)], dtype=torch.int32)
-        return StepInputs(
-            token_ids=positions,
-            positions=positions,
-            row_seq=seqs,
-            kv_end=positions + 1 if ends is None else ends.int(),
-            seq_starts=starts,
-            logit_rows=starts,
-            arena=arena,
-            block_tables=self.tables,
-        )
-
     def rows(self, rows: Sequence[Rows]) -> Tensor:
         parts = [self.qkv[seq][max(p, 0) : max(p, 0) + n] for seq, p, n in rows]
         return torch.cat(parts)
 
     def found(self, rows: Sequence[Rows], ends: Tensor | None = None, **options: object) -> Tensor:
-        step = self.step(rows, ends, self.arena).to(DEVICE)
+        step = packed_step(rows, ends, self.arena, self.tables).to(DEVICE)
         defaults: dict[str, object] = {"least_blocks": 1, "lone_blocks": 1}
         if self.dtype == torch.float32:
             defaults |= {"few": SMALL, "many": MANY}
@@ -147,7 +129,9 @@ class Twins:
         """Zeros for padding; else what the plain backend makes of its own pages."""
         real = [(seq, p, n) for seq, p, n in rows if p >= 0 and n]
         use = torch.cat([torch.full((n,), p >= 0) for _, p, n in rows])
-        step = self.step(real, None if ends is None else ends[use], self.wanted_arena)
+        step = packed_step(
+            real, None if ends is None else ends[use], self.wanted_arena, self.tables
+        )
         out = torch.zeros(len(use), self.spec.q_dim)
         with torch.no_grad():
             out[use] = (

@@ -4,7 +4,6 @@ in Triton's interpreter."""
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from hopper import ptx_of  # noqa: E402
+from packed_rows import Rows, packed_step  # noqa: E402
 
 from skimp.cache.layout import CacheLayout  # noqa: E402
-from skimp.kernels.ops import LatentParams, StepInputs  # noqa: E402
+from skimp.kernels.ops import LatentParams  # noqa: E402
 from skimp.kernels.plain import PlainOps  # noqa: E402
 from skimp.kernels.triton.attention import Tile  # noqa: E402
 from skimp.kernels.triton.latent import (  # noqa: E402
@@ -33,7 +33,6 @@ from skimp.model.spec import LatentAttentionSpec, RopeSpec  # noqa: E402
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16] if ON_GPU else [torch.float32]
-Rows = tuple[int, int, int]  # sequence, first position, number; a negative position is padding
 
 
 def latent(heads: int = 4, interleaved: bool = True, **sizes: int) -> LatentAttentionSpec:
@@ -87,28 +86,12 @@ class Twins:
         nothing = torch.full(((count + 1) * unit * 64,), 0xFF, dtype=torch.uint8)
         self.arena, self.wanted_arena = nothing.to(DEVICE), nothing.clone()
 
-    def step(self, rows: Sequence[Rows], ends: Tensor | None, arena: Tensor) -> StepInputs:
-        positions = torch.cat(
-            [torch.arange(p, p + n) if p >= 0 else torch.full((n,), -1) for _, p, n in rows]
-        ).int()
-        starts = [0, *itertools.accumulate(n for _, _, n in rows)]
-        return StepInputs(
-            token_ids=positions,
-            positions=positions,
-            row_seq=torch.cat([torch.full((n,), seq) for seq, _, n in rows]).int(),
-            kv_end=positions + 1 if ends is None else ends.int(),
-            seq_starts=torch.tensor(starts, dtype=torch.int32),
-            logit_rows=positions,
-            arena=arena,
-            block_tables=self.tables,
-        )
-
     def rows(self, rows: Sequence[Rows]) -> list[Tensor]:
         parts = [[x[max(p, 0) : max(p, 0) + n] for x in self.given[seq]] for seq, p, n in rows]
         return [torch.cat(columns) for columns in zip(*parts)]
 
     def found(self, rows: Sequence[Rows], ends: Tensor | None = None, **options: object) -> Tensor:
-        step = self.step(rows, ends, self.arena).to(DEVICE)
+        step = packed_step(rows, ends, self.arena, self.tables).to(DEVICE)
         defaults: dict[str, object] = {"least_blocks": 1, "lone_blocks": 1}
         if self.dtype == torch.float32:
             group = self.spec.num_heads // as_attention(self.spec).num_kv_heads
@@ -140,7 +123,9 @@ class Twins:
         """Zeros for padding; else what the plain backend makes of its own pages."""
         real = [(seq, p, n) for seq, p, n in rows if p >= 0 and n]
         use = torch.cat([torch.full((n,), p >= 0) for _, p, n in rows])
-        step = self.step(real, None if ends is None else ends[use], self.wanted_arena)
+        step = packed_step(
+            real, None if ends is None else ends[use], self.wanted_arena, self.tables
+        )
         out = torch.zeros(len(use), self.spec.out_dim)
         ops = PlainOps()
         with torch.no_grad():

@@ -36,8 +36,22 @@ def attend_whole(
 ) -> Tensor:
     """Causal attention of each sequence over itself [R, H, V]; differentiable. ``starts``: first
     row of each sequence, then R. On a GPU sequences of similar lengths are computed together."""
-    if len(starts) > 2 and q_RHK.device.type != "cpu":
-        return attend_padded(q_RHK, k_RGK, v_RGV, starts, scale=scale, window=window)
+    if q_RHK.device.type == "cpu":
+        return _attend_in_turn(q_RHK, k_RGK, v_RGV, starts, scale=scale, window=window)
+    with sdpa_kernel(BACKENDS):
+        attend = attend_padded if len(starts) > 2 else _attend_in_turn
+        return attend(q_RHK, k_RGK, v_RGV, starts, scale=scale, window=window)
+
+
+def _attend_in_turn(
+    q_RHK: Tensor,
+    k_RGK: Tensor,
+    v_RGV: Tensor,
+    starts: tuple[int, ...],
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
     outs = []
     for part in zip(*(x.tensor_split(starts[1:-1]) for x in (q_RHK, k_RGK, v_RGV))):
         q, k, v = (x[None] for x in part)
@@ -98,13 +112,6 @@ def _attend(
     q_NLHK: Tensor, k_NLGK: Tensor, v_NLGV: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
     """[N, L, H, V], in memory that grows with L, or with L times window."""
-    with sdpa_kernel(BACKENDS):
-        return _causal(q_NLHK, k_NLGK, v_NLGV, scale=scale, window=window)
-
-
-def _causal(
-    q_NLHK: Tensor, k_NLGK: Tensor, v_NLGV: Tensor, *, scale: float, window: int | None
-) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_NLHK, k_NLGK, v_NLGV))
     grouped = q.shape[1] != k.shape[1]
     length = q.shape[2]

@@ -113,7 +113,7 @@ def plan_cases(
         except ValueError as error:
             raise ValueError(f"cache_bytes: {error} ({name})") from error
 
-    def grown(batch: int, step_tokens: int) -> EngineOptions:
+    def grown(batch: int, step_tokens: int = 0) -> EngineOptions:
         """The options for at least this batch, and steps of at least so many tokens."""
         budget = options.token_budget
         if budget is None and max(batch, step_tokens) > options.step_tokens:
@@ -157,8 +157,10 @@ def plan_cases(
     # The largest batch makes the steps of all cases longer, and longer steps may leave room for
     # fewer sequences: once they are known, no batch grows any more.
     cases = planned(options.step_tokens)
-    cases = planned(grown(max(case.batch for case in cases), 0).step_tokens)
-    final = grown(max(case.batch for case in cases), 0)
+    final = grown(max(case.batch for case in cases))
+    if final.step_tokens > options.step_tokens:
+        cases = planned(final.step_tokens)
+        final = grown(max(case.batch for case in cases))
     if arena is not None:
         for case in cases:
             check_case(arena, final, case, name)
