@@ -86,6 +86,16 @@ class World:
         text.tokens[start : start + len(new)] = new
         return True
 
+    def extend(self, text: Text, new: Sequence[int]) -> bool:
+        """Lengthen an open append; a refusal must change nothing."""
+        before = self.snapshot()
+        if not self.cache.extend(text.cache, len(new)):
+            assert self.snapshot() == before, "a refused extension changed something"
+            return False
+        end = text.cache.length + text.cache.pending
+        text.tokens[end - len(new) : end] = new
+        return True
+
     def snapshot(self) -> tuple:
         pages = [[list(p) for p in text.cache.pages] for text in self.texts]
         lengths = [(text.cache.length, text.cache.pending) for text in self.texts]

@@ -47,6 +47,9 @@ def step(world: World, rng: random.Random, seen: Counter[str]) -> None:
             continue
         if world.append(text, (known + phrase(rng, n))[:n]):
             batch.append(text)
+            more = rng.randint(1, 7)
+            if rng.random() < 0.3 and text.cache.length + n + more <= 60 and len(known) <= n:
+                seen["extended" if world.extend(text, phrase(rng, more)) else "refused"] += 1
         else:
             seen["refused"] += 1
     if rng.random() < 0.1 and batch:
@@ -124,6 +127,16 @@ def test_random_lives(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(world.arena, "compact", counted)
         live(world, rng, seen)
     # The lives must have met what they are meant to test.
-    for event in ("refused", "rolled back", "reused", "resumed", "forked", "evicted", "collided"):
+    met = (
+        "refused",
+        "rolled back",
+        "extended",
+        "reused",
+        "resumed",
+        "forked",
+        "evicted",
+        "collided",
+    )
+    for event in met:
         assert seen[event] > 5, f"{event}: {seen}"
     assert seen["moved"], seen

@@ -9,6 +9,7 @@ import pytest
 from tiny_models import mixed_spec, random_requests, tiny_decoder, tiny_spec
 
 from skimp.decoding.params import SamplingParams
+from skimp.decoding.proposal import Ask, Draft
 from skimp.engine import Engine, EngineOptions
 from skimp.model.spec import ModelSpec
 
@@ -174,15 +175,21 @@ class Oracle:
         self.texts = [list(text) for text in texts]
         self.proposed = 0
 
-    def propose(self, tokens: Sequence[int], room: int) -> Sequence[int]:
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        return [self._one(list(ask.tokens), ask.most) for ask in asks]
+
+    def _one(self, tokens: list[int], most: int) -> Draft:
         for text in self.texts:
-            if len(text) > len(tokens) and text[: len(tokens)] == list(tokens):
-                draft = text[len(tokens) : len(tokens) + min(room, 4)]
+            if len(text) > len(tokens) and text[: len(tokens)] == tokens:
+                draft = text[len(tokens) : len(tokens) + min(most, 4)]
                 if len(tokens) % 3 == 0:
                     draft[-1] = (draft[-1] + 1) % 300
                 self.proposed += len(draft)
-                return draft
-        return ()
+                return Draft(tuple(draft))
+        return Draft()
+
+    def end(self, key: object) -> None:
+        pass
 
 
 def test_drafts_change_nothing(backend: str) -> None:

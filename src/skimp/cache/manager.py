@@ -173,6 +173,19 @@ class CacheManager:
         seq.pending = n
         return True
 
+    def extend(self, seq: CacheSequence, n: int) -> bool:
+        """Reserve pages for ``n`` more positions of a step whose ``append`` is open, for guesses:
+        idle prefix pages are evicted for them, too.
+
+        False if the budget does not allow it; then nothing has changed.
+        """
+        assert n > 0 and seq.pending, "extend is of an open append"
+        end = seq.length + seq.pending + n
+        if end > seq._capacity and not self._reserve(seq, end):
+            return False
+        seq.pending += n
+        return True
+
     def commit(self, seq: CacheSequence, k: int, token_ids: Sequence[int]) -> None:
         """Keep the first ``k`` of the appended tokens, whose ids begin ``token_ids``; roll the
         others back and return the pages that only they used.

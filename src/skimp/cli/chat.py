@@ -36,6 +36,8 @@ def chat(
     threads: opt.Threads = None,
     backend: opt.Backend = "auto",
     cache_dtype: opt.CacheDType = "auto",
+    speculate: opt.Speculate = "none",
+    draft_tokens: opt.DraftTokens = None,
     max_context: opt.MaxContext = None,
 ) -> None:
     """Talk with a model. /reset starts over, /quit leaves.
@@ -69,6 +71,8 @@ def chat(
         threads=threads,
         backend=backend,
         cache_dtype=cache_dtype,
+        speculate=speculate,
+        draft_tokens=draft_tokens,
         max_context=max_context,
         max_batch=2,
     )

@@ -54,6 +54,16 @@ CacheBytes = Annotated[
         show_default=False,
     ),
 ]
+Speculate = Annotated[
+    str,
+    typer.Option(
+        help="none, lookup or suffix: guess tokens and check several at once.", metavar="NAME"
+    ),
+]
+DraftTokens = Annotated[
+    int | None,
+    typer.Option(help="Guess at most so many; 8.", metavar="N", show_default=False),
+]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Same tokens whatever else runs, bit for bit.")
 ]

@@ -8,6 +8,8 @@ The interface, and who may change what:
   are a function of (key, position, purpose), so it can be rebuilt by replaying its tokens.
 * ``process``: raw logits to the final law, for every row alike. ``Sampler.sample``: one token a
   row, errors per row. Neither changes a row.
+* A proposer guesses tokens (``proposal``, ``lookup``, ``suffix``) and an acceptor (``accept``) says
+  how many stand; neither changes a row.
 * ``StopChecker``: one output's text and end; ``push`` every committed token, then ``finish``.
 """
 

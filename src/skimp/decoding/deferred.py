@@ -47,9 +47,10 @@ class DeferredDraws:
             self.arrived.synchronize()
         tokens = self.host[0].tolist()
         tops = self.host[1].view(torch.float32).tolist()
+        errors = [judge(top, top) for top in tops]
         return [
-            Accepted(tokens=[token], logprobs=[None], error=judge(top, top))
-            for token, top in zip(tokens, tops)
+            Accepted([token], [None]) if error is None else Accepted([], [], error)
+            for token, error in zip(tokens, errors)
         ]
 
 

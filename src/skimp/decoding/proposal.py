@@ -1,37 +1,62 @@
-"""Who guesses tokens before the model is asked, and who decides how many of them stand.
+"""Who guesses tokens before the model is asked.
 
 A step is propose → forward → accept k → commit k. Plain generation proposes nothing, so one row of
-logits comes back and one token is drawn: the same path with an empty guess.
+logits comes back and one token is drawn: the same path with an empty guess. ``accept`` says how
+many guesses stand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from torch import Tensor
 
 from skimp.decoding.rows import RowState
-from skimp.decoding.sampler import Sampler, TokenLogprobs
+from skimp.decoding.sampler import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Guessed tokens, and the laws that they were drawn from: float64 [k, V], each summing to 1 and
+    given the tokens before it. None: they were not drawn but follow from what was there before."""
+
+    tokens: tuple[int, ...] = ()
+    laws: Tensor | None = None
+
+
+EMPTY: Final = Draft()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a proposer may know of a sequence: a key for what it remembers of it, its tokens (prompt
+    and output so far), how many of them are prompt, the most that may be guessed, and whose past
+    outputs may be looked into (``salt``)."""
+
+    key: Hashable
+    tokens: Sequence[int]
+    num_prompt: int
+    most: int
+    row: RowState
+    salt: str | None = None
 
 
 class Proposer(Protocol):
-    def propose(self, tokens: Sequence[int], room: int) -> Sequence[int]:
-        """At most ``room`` tokens that may follow ``tokens`` (prompt and output so far)."""
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        """A draft, which may be empty, for each sequence."""
+        ...
+
+    def end(self, key: Hashable) -> None:
+        """Forget a sequence, which need not be known: it has ended."""
         ...
 
 
-class NoProposer:
-    """Plain generation."""
-
-    def propose(self, tokens: Sequence[int], room: int) -> Sequence[int]:
-        return ()
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Accepted:
-    """What one sequence gains: the accepted part of its draft and one token after it."""
+    """What one sequence gains: the accepted part of its draft and one token after it. With an
+    ``error`` that token is missing, and the error says why."""
 
     tokens: list[int]
     logprobs: list[TokenLogprobs | None]
@@ -40,44 +65,7 @@ class Accepted:
 
 class Acceptor(Protocol):
     def accept(
-        self, logits: Tensor, rows: Sequence[RowState], drafts: Sequence[Sequence[int]]
+        self, logits: Tensor, rows: Sequence[RowState], drafts: Sequence[Draft]
     ) -> list[Accepted]:
         """For each row its new tokens; ``logits`` [L, V] hold 1 + len(draft) lines a row."""
         ...
-
-
-class DrawAndCompare:
-    """Draws every position from the model's own law and keeps the draft as far as it agrees.
-
-    For proposals that are not random this is the ratio test of Leviathan et al. (2023) with a
-    one-hot draft, so the law is unchanged; and as each position has its own random number, the
-    tokens are the very ones that plain generation draws.
-    """
-
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
-
-    def accept(
-        self, logits: Tensor, rows: Sequence[RowState], drafts: Sequence[Sequence[int]]
-    ) -> list[Accepted]:
-        views: list[RowState] = []
-        for row, draft in zip(rows, drafts):
-            views.append(row)
-            views.extend(row.drafted(draft[:i]) for i in range(1, len(draft) + 1))
-        batch = self._sampler.sample(logits, views)
-        found, line = [], 0
-        for draft in drafts:
-            kept = 0
-            while kept < len(draft) and batch.token_ids[line + kept] == draft[kept]:
-                kept += 1
-            stop = line + kept + 1
-            errors = [error for error in batch.errors[line:stop] if error is not None]
-            found.append(
-                Accepted(
-                    tokens=batch.token_ids[line:stop],
-                    logprobs=batch.logprobs[line:stop],
-                    error=errors[0] if errors else None,
-                )
-            )
-            line += 1 + len(draft)
-        return found

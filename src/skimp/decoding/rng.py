@@ -77,26 +77,30 @@ def make_key(seed: int | None, sample_index: int = 0) -> int:
     return words[0] | words[1] << 32
 
 
-def uniform(key: int, position: int, purpose: Purpose) -> float:
-    """One float64 in [0, 1) with 53 random bits."""
-    counter = (position & _MASK, position >> 32, int(purpose), 0)
+def uniform(key: int, position: int, purpose: Purpose, lead: int = 0) -> float:
+    """One float64 in [0, 1) with 53 random bits.
+
+    ``lead`` is how far a draft reached ahead of what was certain. A position that is drafted again,
+    from nearer by, needs a number of its own: the refusal of the first draft knew the first one.
+    """
+    counter = (position & _MASK, position >> 32, int(purpose), lead)
     w0, w1, _, _ = philox4x32(counter, _split(key))
     return ((w0 >> 5) * 67108864 + (w1 >> 6)) * 2.0**-53
 
 
 def uniforms(
-    keys: Sequence[int], positions: Sequence[int], purpose: Purpose
+    keys: Sequence[int], positions: Sequence[int], purpose: Purpose, lead: int = 0
 ) -> NDArray[np.float64]:
     """:func:`uniform` for [N] keys and positions; returns [N]. Equal to it bit for bit."""
     if len(keys) < _VECTOR_FROM:
         pairs = zip(keys, positions, strict=True)
-        return np.array([uniform(k, p, purpose) for k, p in pairs], dtype=np.float64)
+        return np.array([uniform(k, p, purpose, lead) for k, p in pairs], dtype=np.float64)
     key = np.array(keys, dtype=np.uint64)
     position = np.array(positions, dtype=np.uint64)
     counters = np.zeros((len(keys), 4), dtype=np.uint32)
     low, shift = np.uint64(_MASK), np.uint64(32)
     counters[:, 0], counters[:, 1] = position & low, position >> shift
-    counters[:, 2] = int(purpose)
+    counters[:, 2], counters[:, 3] = int(purpose), lead
     words = philox4x32_many(counters, np.stack([key & low, key >> shift], 1).astype(np.uint32))
     w0, w1 = words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)
     mixed = (w0 >> np.uint64(5)) * np.uint64(67108864) + (w1 >> np.uint64(6))

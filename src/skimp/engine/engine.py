@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import os
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -15,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skimp.cache import MOST_BYTES, Arena, CacheLayout, CacheManager
-from skimp.cost import memory_plan, model_work
+from skimp.cache import Arena, CacheLayout, CacheManager
+from skimp.cost import model_work
+from skimp.decoding.accept import DrawAndCompare
 from skimp.decoding.deferred import deferrable, draw_deferred
 from skimp.decoding.params import SamplingParams
-from skimp.decoding.proposal import Accepted, DrawAndCompare, NoProposer, Proposer
+from skimp.decoding.proposal import Accepted, Proposer
 from skimp.decoding.rows import RowState, resolve_bad_words
 from skimp.decoding.sampler import Sampler
 from skimp.decoding.stops import FinishReason, StopChecker
@@ -31,6 +31,8 @@ from skimp.engine.reading import KeepLogits, PromptReader, Scores, ScoreTokens
 from skimp.engine.request import Flying, Request, RequestOutput, Sequence
 from skimp.engine.runner import Runner
 from skimp.engine.scheduler import Scheduler, Work
+from skimp.engine.sizing import default_cache_bytes, longest_context
+from skimp.engine.speculation import SpeculationStats, make_proposer
 from skimp.errors import OptionError, RequestError
 from skimp.model.caches import cache_specs
 from skimp.model.decoder import Decoder
@@ -38,7 +40,7 @@ from skimp.model.loading import load_decoder
 from skimp.model.locate import locate_model
 from skimp.text.tokenizer import Tokenizer
 
-MAX_CACHE_SHARE = {"cpu": 0.25, "cuda": 0.85}  # of free memory, when cache_bytes is not given
+MOST_LOGITS = 512  # rows of logits a step, unless there are more sequences
 
 
 class Engine:
@@ -74,15 +76,22 @@ class Engine:
             cache_hadamard=options.cache_hadamard,
         )
         self.work = model_work(decoder.spec, specs, dtype=dtype)
-        self.max_context = _max_context(decoder, options)
+        self.max_context = longest_context(decoder, options)
         layout = CacheLayout.from_specs(specs, page_tokens=options.page_size(decoder.spec))
-        budget = options.cache_bytes or self._default_cache_bytes(layout)
+        budget = options.cache_bytes or default_cache_bytes(
+            decoder, self.work, layout, options, self.max_context
+        )
         try:
             arena = Arena(layout, budget, options.device)
         except ValueError as error:
             raise OptionError(f"cache_bytes: {error}") from error
         self.cache = CacheManager(layout, arena, enable_prefix=options.prefix_cache)
-        max_logits = max(options.max_batch, 128)
+        proposer = proposer or make_proposer(options.speculate)
+        if options.draft_tokens is not None and proposer is None:
+            raise OptionError("draft_tokens: nothing is guessed unless speculate says how")
+        drafts = options.longest_draft if proposer is not None else 0
+        lines = options.max_batch * (1 + drafts)
+        max_logits = max(options.max_batch, 128, min(lines, MOST_LOGITS))
         buffers = StepBuffers(
             layout,
             arena,
@@ -96,7 +105,8 @@ class Engine:
         self.runner = Runner(backend, buffers)
         self.scheduler = Scheduler(
             self.cache,
-            proposer or NoProposer(),
+            proposer,
+            draft_tokens=drafts,
             token_budget=options.step_tokens,
             max_batch=options.max_batch,
             max_logits=max_logits,
@@ -106,6 +116,7 @@ class Engine:
         self._flight: Flight | None = None  # launched, and not landed
         self._numbers = itertools.count()
         self._acceptor = DrawAndCompare(Sampler())
+        self.speculation = SpeculationStats()
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()
         self._pending: list[RequestOutput] = []
@@ -120,30 +131,6 @@ class Engine:
         path = locate_model(str(model))
         decoder = load_decoder(path, dtype=options.dtype)
         return cls(decoder, Tokenizer.load(path), options)
-
-    def _default_cache_bytes(self, layout: CacheLayout) -> int:
-        """What the cost model says a full batch needs, rounded up to the arena's chunks, within a
-        share of the free memory, but always the arena that one sequence of the longest context
-        wants."""
-        options = self.options
-        least = layout.bytes_needed(self.max_context, options.step_tokens)
-        plan = memory_plan(
-            self.work,
-            batch=options.max_batch,
-            context=self.max_context,
-            page_tokens=layout.page_tokens,
-            step_tokens=options.step_tokens,
-        )
-        if options.device == "cuda":
-            there = next(self.decoder.parameters()).is_cuda
-            coming = 0 if there else int(self.work.resident_weight_bytes)
-            free = max(0, torch.cuda.mem_get_info()[0] - coming)
-        else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        share = int(free * MAX_CACHE_SHARE[options.device])
-        whole = layout.bytes_needed(self.max_context, sequences=options.max_batch)
-        wanted = max(int(plan.cache_bytes), whole)
-        return min(max(min(wanted, share), min(least, free)), MOST_BYTES)
 
     # ---- requests -------------------------------------------------------------------------
 
@@ -317,6 +304,7 @@ class Engine:
             assert not waits, "requests wait, but none could be scheduled"
             return None
         try:
+            self.scheduler.add_drafts(work)
             return self._start(work)
         except BaseException:
             self._roll_back(work)
@@ -348,7 +336,7 @@ class Engine:
             alone &= item.seq.request.next_row is None
             if item.reaches_end:
                 samples = self._samples(item.seq)
-                flight.draws.append(Draw(item, samples, line - 1 - len(item.draft)))
+                flight.draws.append(Draw(item, samples, line - 1 - len(item.draft.tokens)))
                 ahead = int(item.seq.flying is not None)
                 alone &= len(samples) == 1 and deferrable(item.seq.sampling, ahead)
         if alone:
@@ -419,11 +407,13 @@ class Engine:
             draw.line + offset
             for draw in draws
             for _ in draw.samples
-            for offset in range(1 + len(draw.item.draft))
+            for offset in range(1 + len(draw.item.draft.tokens))
         ]
         rows = [seq.sampling for draw in draws for seq in draw.samples]
         drafts = [draw.item.draft for draw in draws for _ in draw.samples]
         accepted = self._acceptor.accept(_select(flight.logits, lines), rows, drafts)
+        for draft, gain in zip(drafts, accepted):
+            self.speculation.count(len(draft.tokens), len(gain.tokens) - (gain.error is None))
         return outputs + self._gain(draws, iter(accepted), committed=False)
 
     def _samples(self, seq: Sequence) -> list[Sequence]:
@@ -465,10 +455,6 @@ class Engine:
 
     def _advance(self, seq: Sequence, gain: Accepted) -> tuple[str, list[int]]:
         """Add drawn tokens up to the one that ends the sequence: new text and tokens."""
-        if gain.error is not None:
-            seq.request.error = gain.error
-            seq.finish_reason = "error"
-            return "", []
         delta, tokens = "", []
         for token, logprob in zip(gain.tokens, gain.logprobs):
             seq.tokens.append(token)
@@ -485,6 +471,9 @@ class Engine:
             delta += text
             if reason is not None:
                 break
+        if gain.error is not None and not seq.ended:
+            seq.request.error = gain.error
+            seq.finish_reason = "error"
         seq.text += delta
         return delta, tokens
 
@@ -577,10 +566,3 @@ def _select(logits: Tensor, lines: list[int]) -> Tensor:
     if lines == list(range(logits.shape[0])):
         return logits
     return logits[torch.tensor(lines, device=logits.device)]
-
-
-def _max_context(decoder: Decoder, options: EngineOptions) -> int:
-    limit = decoder.spec.max_positions
-    if options.max_context is not None and options.max_context > limit:
-        raise OptionError(f"max_context: {options.max_context} exceeds the model's {limit}")
-    return options.max_context or limit

@@ -11,6 +11,8 @@ from skimp.model.spec import LatentAttentionSpec, ModelSpec
 
 Backend = Literal["auto", "native", "triton", "plain"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
+Speculate = Literal["none", "lookup", "suffix"]
+LONGEST_DRAFT = 8  # tokens, unless draft_tokens says how many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,11 @@ class EngineOptions:
     ``cache_recent`` newest tokens are then kept at full precision beside the rounded past (None:
     64 at four bits, 0 at eight), and ``cache_hadamard`` turns keys and values before they are
     rounded (None: at four bits).
+
+    ``speculate`` has tokens guessed that the model then checks several at a time: ``lookup`` copies
+    what followed the same few tokens before, ``suffix`` what followed most often, in past answers
+    of the same salt too. At most ``draft_tokens`` are guessed (None: 8). What is generated keeps
+    its law, and where steps of one row and of several give the same bits, every token.
     """
 
     dtype: DTypeName = "auto"
@@ -48,13 +55,22 @@ class EngineOptions:
     backend: Backend = "auto"
     deterministic: bool = False
     overlap: bool | None = None
+    speculate: Speculate = "none"
+    draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self._check_count("max_batch", self.max_batch)
-        for name in ("threads", "cache_bytes", "max_context", "token_budget", "page_tokens"):
+        counts = ("threads", "cache_bytes", "max_context", "token_budget", "page_tokens")
+        for name in (*counts, "draft_tokens"):
             if getattr(self, name) is not None:
                 self._check_count(name, getattr(self, name))
-        for name, most in (("max_batch", 1 << 14), ("token_budget", 1 << 20), ("threads", 1024)):
+        most_of = {
+            "max_batch": 1 << 14,
+            "token_budget": 1 << 20,
+            "threads": 1024,
+            "draft_tokens": 32,
+        }
+        for name, most in most_of.items():
             if (getattr(self, name) or 0) > most:
                 raise OptionError(f"{name}: at most {most}, got {getattr(self, name)}")
         for name in ("prefix_cache", "deterministic"):
@@ -63,6 +79,7 @@ class EngineOptions:
         self._check_choice("dtype", get_args(DTypeName))
         self._check_choice("backend", get_args(Backend))
         self._check_choice("cache_dtype", get_args(CacheDType))
+        self._check_choice("speculate", get_args(Speculate))
         if self.cache_recent is not None:
             self._check_count("cache_recent", self.cache_recent, least=0)
         for name in ("cache_hadamard", "overlap"):
@@ -80,6 +97,11 @@ class EngineOptions:
     def step_tokens(self) -> int:
         """The token budget, chosen or the device's."""
         return self.token_budget or (8192 if self.device == "cuda" else 512)
+
+    @property
+    def longest_draft(self) -> int:
+        """The most tokens that are guessed."""
+        return self.draft_tokens or LONGEST_DRAFT
 
     @property
     def overlaps(self) -> bool:

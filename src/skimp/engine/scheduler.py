@@ -9,10 +9,10 @@ back and is computed again later (preemption by recompute).
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from skimp.cache import CacheManager
-from skimp.decoding.proposal import Proposer
+from skimp.decoding.proposal import EMPTY, Ask, Draft, Proposer
 from skimp.engine.request import Sequence
 
 
@@ -27,31 +27,38 @@ class Work:
     seq: Sequence
     start: int
     num_known: int
-    num_logits: int  # of the last rows
-    draft: tuple[int, ...] = ()
+    known_logits: int  # of the last known rows
+    draft: Draft = EMPTY
     reaches_end: bool = False
 
     @property
+    def num_logits(self) -> int:
+        """Rows whose logits are wanted, the last ones."""
+        return self.known_logits + len(self.draft.tokens)
+
+    @property
     def num_tokens(self) -> int:
-        return self.num_known + len(self.draft)
+        return self.num_known + len(self.draft.tokens)
 
     @property
     def token_ids(self) -> list[int]:
-        return [*self.seq.tokens[self.start : self.start + self.num_known], *self.draft]
+        return [*self.seq.tokens[self.start : self.start + self.num_known], *self.draft.tokens]
 
 
 class Scheduler:
     def __init__(
         self,
         cache: CacheManager,
-        proposer: Proposer,
+        proposer: Proposer | None,
         *,
+        draft_tokens: int,
         token_budget: int,
         max_batch: int,
         max_logits: int,
     ) -> None:
         self.cache = cache
         self.proposer = proposer
+        self.draft_tokens = draft_tokens
         self.token_budget = token_budget
         self.max_batch = max_batch
         self.max_logits = max_logits
@@ -73,6 +80,8 @@ class Scheduler:
     def remove(self, seq: Sequence) -> None:
         """Forget a finished or aborted sequence; its pages go back."""
         self._no_room = False
+        if self.proposer is not None:
+            self.proposer.end(seq)
         if seq.cache is not None:
             self.cache.close(seq.cache)
             seq.cache = None
@@ -131,6 +140,29 @@ class Scheduler:
             logits -= item.num_logits
         return work
 
+    def add_drafts(self, work: list[Work]) -> None:
+        """Put guesses into what a step leaves of the budget, evenly: none takes the place of a
+        token that is to be computed, or a page that somebody has."""
+        may = [i for i, item in enumerate(work) if _may_draft(item)]
+        if self.proposer is None or not may:
+            return
+        budget = self.token_budget - sum(item.num_tokens for item in work)
+        logits = self.max_logits - sum(item.num_logits for item in work)
+        share = min(self.draft_tokens, budget // len(may), logits // len(may))
+        asks: dict[int, Ask] = {}
+        for i in may:
+            seq = work[i].seq
+            assert seq.cache is not None
+            most = min(share, seq.tokens_left - 1)
+            if most > 0 and self.cache.extend(seq.cache, most):
+                asks[i] = _ask(seq, most)
+        if not asks:
+            return
+        drafts = self.proposer.propose(list(asks.values()))
+        for (i, ask), draft in zip(asks.items(), drafts, strict=True):
+            assert len(draft.tokens) <= ask.most, "a draft is longer than was asked for"
+            work[i] = replace(work[i], draft=draft)
+
     def _size(self, seq: Sequence, budget: int, logits: int) -> Work:
         assert seq.cache is not None
         start = seq.cache.length
@@ -140,13 +172,8 @@ class Scheduler:
             known = min(known, row - start + logits)
             end = start + known == seq.num_tokens
             return Work(seq, start, known, max(0, start + known - row), reaches_end=end)
-        if start + known < seq.num_tokens:
-            return Work(seq, start, known, 0)
-        room = min(budget - known, logits - 1, seq.tokens_left - 1)
-        if seq.places > 1:
-            room = 0  # its samples may accept different parts of a draft, and share this cache
-        draft = self.proposer.propose(seq.tokens, room) if room > 0 else ()
-        return Work(seq, start, known, 1 + len(draft), tuple(draft), reaches_end=True)
+        end = start + known == seq.num_tokens
+        return Work(seq, start, known, int(end), reaches_end=end)
 
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's pages; it waits to be computed again."""
@@ -157,3 +184,20 @@ class Scheduler:
         self.running.remove(seq)
         self.preemptions += 1
         self.add(seq)
+
+
+def _may_draft(item: Work) -> bool:
+    """Samples that share a cache until the prompt is done may accept different parts of a draft."""
+    seq = item.seq
+    return item.reaches_end and seq.places == 1 and seq.request.next_row is None
+
+
+def _ask(seq: Sequence, most: int) -> Ask:
+    return Ask(
+        key=seq,
+        tokens=seq.tokens,
+        num_prompt=seq.num_prompt,
+        most=most,
+        row=seq.sampling,
+        salt=seq.request.salt,
+    )

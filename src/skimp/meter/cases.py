@@ -71,6 +71,11 @@ def holds(arena: Arena, options: EngineOptions, case: Case) -> bool:
 def check_case(arena: Arena, options: EngineOptions, case: Case, name: str) -> None:
     """Raise ValueError, naming the field and the model, if an engine of these options cannot run
     all sequences of a case at once."""
+    if options.speculate != "none":
+        raise ValueError(
+            f"speculate: {options.speculate} of {name} is not timed here, where prompts are random "
+            "tokens; its speed depends on the text"
+        )
     batch = case.batch
     if batch > options.max_batch:
         raise ValueError(f"batch: {batch} sequences exceed max_batch {options.max_batch} of {name}")

@@ -39,7 +39,7 @@ def engine_layout(spec: ModelSpec, options: EngineOptions) -> CacheLayout:
 
 def engine_bytes(spec: ModelSpec, options: EngineOptions, free: float) -> float:
     """Bytes of memory that an engine of ``spec`` will take of those that are ``free``."""
-    from skimp.engine.engine import MAX_CACHE_SHARE
+    from skimp.engine.sizing import MAX_CACHE_SHARE
 
     work = spec_work(spec, _engine_dtype(spec, options), **_cache_options(options))
     plan = memory_plan(

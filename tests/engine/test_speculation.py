@@ -1,0 +1,154 @@
+"""Guessing changes no token (float32), whatever else is on."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from importlib import resources
+
+import pytest
+from test_equivalence import BASE, build, quarter_cache, serve
+from tiny_models import mixed_spec, random_requests
+
+from skimp.decoding.params import SamplingParams
+from skimp.decoding.proposal import Ask, Draft
+from skimp.engine import Engine, EngineOptions
+from skimp.errors import OptionError
+from skimp.meter.cases import Case, check_case
+
+PROPOSERS = ["lookup", "suffix"]
+
+
+@pytest.mark.parametrize("speculate", PROPOSERS)
+@pytest.mark.parametrize("mixed", [False, True], ids=["heads", "mixed"])
+def test_all_ways(speculate: str, mixed: bool, backend: str) -> None:
+    """Requests with every kind of parameter; tiny models repeat themselves, so guesses stand."""
+    spec = mixed_spec() if mixed else None
+    longest = 40 if backend == "plain" else 90
+    requests = random_requests(16, seed=11, max_prompt=longest, max_output=40)
+    requests += [
+        ([3 + i, 4, 5, 6] * 4, SamplingParams(max_tokens=60, temperature=0.0)) for i in range(8)
+    ]
+    base = dataclasses.replace(BASE, backend=backend)  # type: ignore[arg-type]
+    expected = serve(build(base, spec), requests, together=False)
+    on = dataclasses.replace(base, speculate=speculate)  # type: ignore[arg-type]
+    tight = dataclasses.replace(on, cache_bytes=quarter_cache(requests, base, spec))
+    ways = {
+        "batched": on,
+        "3 guesses": dataclasses.replace(on, draft_tokens=3),
+        "small steps": dataclasses.replace(on, token_budget=33),
+        "a quarter of the cache": tight,
+        "reuse": dataclasses.replace(on, prefix_cache=True),
+    }
+    for name, options in ways.items():
+        engine = build(options, spec)
+        assert serve(engine, requests) == expected, name
+        assert sum(engine.speculation.accepted) > 100, name
+        if name == "reuse":
+            assert serve(engine, requests) == expected, "warm"
+            assert engine.cache.stats().prefix.tokens_reused > 0
+
+
+def texts() -> str:
+    return resources.files("skimp").joinpath("assets/text/evaluation.txt").read_text("utf-8")
+
+
+def story_prompts(engine: Engine, count: int) -> list[list[int]]:
+    assert engine.tokenizer is not None
+    ids = engine.tokenizer.encode(texts())
+    draw = random.Random(0)
+    starts = [draw.randrange(len(ids) - 100) for _ in range(count)]
+    return [ids[start : start + draw.randrange(8, 100)] for start in starts]
+
+
+def check_greedy(count: int, tokens: int, speculate: str) -> float:
+    """Tokens a step, when all are those of plain generation."""
+    options = EngineOptions(dtype="float32", max_batch=32, cache_bytes=40 << 20)
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    plain = Engine.load("tales", options)
+    prompts = story_prompts(plain, count)
+    expected = [out.outputs[0].token_ids for out in plain.generate(prompts, params)]
+    engine = Engine.load("tales", dataclasses.replace(options, speculate=speculate))  # type: ignore[arg-type]
+    found = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]
+    assert found == expected
+    assert sum(engine.speculation.accepted) > count * tokens / 20
+    if count > 100:
+        assert engine.scheduler.preemptions > 0
+    return engine.speculation.tokens_per_step
+
+
+@pytest.mark.parametrize("speculate", PROPOSERS)
+def test_greedy_stories(speculate: str) -> None:
+    check_greedy(12, 48, speculate)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("speculate", PROPOSERS)
+def test_500_greedy_stories(speculate: str) -> None:
+    print(speculate, check_greedy(500, 128, speculate))
+
+
+class Always:
+    """Guesses the same tokens, and notes what it was asked."""
+
+    def __init__(self, draft: Sequence[int]) -> None:
+        self.draft, self.asks, self.ended = list(draft), 0, 0
+
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        self.asks += len(asks)
+        return [Draft(tuple(self.draft[: ask.most])) for ask in asks]
+
+    def end(self, key: object) -> None:
+        self.ended += 1
+
+
+def test_wrong_guesses_are_rolled_back() -> None:
+    requests = random_requests(12, seed=5, max_prompt=50)
+    expected = serve(build(BASE), requests)
+    wrong = Always([7, 8, 9, 10])
+    engine = build(BASE, proposer=wrong)
+    assert serve(engine, requests) == expected
+    assert wrong.asks > 50 and wrong.ended >= len(requests)
+    assert sum(engine.speculation.drafted) > 10 * sum(engine.speculation.accepted)
+    assert engine.cache.stats().sequences == 0
+
+
+def test_drafts_take_nobodys_place() -> None:
+    """With a budget of one token a sequence there is no room for guesses, and all still move."""
+    requests = [([5 + i, 6, 7], SamplingParams(max_tokens=20, temperature=0.0)) for i in range(16)]
+    options = dataclasses.replace(BASE, token_budget=16, max_batch=16)
+    proposer = Always([1, 2, 3])
+    engine = build(options, proposer=proposer)
+    for prompt, params in requests:
+        engine.add_request(prompt, params)
+    running = engine.scheduler.running
+    while len(running) < 16 or any(seq.num_tokens == seq.num_prompt for seq in running):
+        engine.step()
+    before = [len(seq.tokens) for seq in engine.scheduler.running]
+    engine.step()
+    assert [len(seq.tokens) - b for seq, b in zip(engine.scheduler.running, before)] == [1] * 16
+
+
+def test_statistics_by_position() -> None:
+    engine = build(dataclasses.replace(BASE, speculate="lookup", draft_tokens=4))
+    serve(engine, [([3, 4, 5, 6] * 4, SamplingParams(max_tokens=80, temperature=0.0))])
+    found = engine.speculation
+    assert len(found.drafted) == len(found.accepted) == 4
+    assert found.drafted == sorted(found.drafted, reverse=True)
+    assert found.accepted == sorted(found.accepted, reverse=True)
+    assert found.tokens_per_step == 1 + sum(found.accepted) / found.steps
+    assert found.by_position[0] == found.accepted[0] / found.drafted[0]
+
+
+def test_options_are_refused() -> None:
+    with pytest.raises(OptionError, match="speculate"):
+        EngineOptions(speculate="medusa")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="draft_tokens"):
+        EngineOptions(speculate="lookup", draft_tokens=33)
+    with pytest.raises(OptionError, match="draft_tokens"):
+        build(EngineOptions(draft_tokens=3))
+    engine = build(dataclasses.replace(BASE, speculate="lookup"))
+    with pytest.raises(ValueError, match="speculate"):
+        check_case(engine.cache.arena, engine.options, Case(batch=1, context=8, new_tokens=4), "m")
