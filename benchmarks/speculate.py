@@ -1,7 +1,7 @@
 """Generation with guesses beside plain generation, on real text, in turn. No guess is remembered
 from one round to the next.
 
-    python benchmarks/speculate.py [--model tales] [--batch 1,8] [--rounds 5] [--out RESULT.md]
+    python benchmarks/speculate.py [--model tales] [--draft-model tales-draft] [--batch 1,8]
 
 ``copy``: prompts of 200 tokens of the evaluation text that then begin again with their first 40;
 ``story``: 60 tokens of it. All are answered at temperature 0 and at 1.
@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 from skimp.cli.evaluate import read_text
 from skimp.cost.machine import cpu_model
 from skimp.decoding.params import SamplingParams
+from skimp.decoding.suffix import Suffix
 from skimp.engine import Engine, EngineOptions
-from skimp.engine.speculation import SpeculationStats, make_proposer
+from skimp.engine.draft_model import DraftModel
+from skimp.engine.speculation import SpeculationStats
 
-METHODS = ("none", "lookup", "suffix")
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "lookup": {"speculate": "lookup"},
+    "suffix": {"speculate": "suffix"},
+    "draft": {"speculate": "draft", "draft_tokens": 2},
+}
 KINDS = {"copy": (200, 40), "story": (60, 0)}
 
 
@@ -39,9 +47,19 @@ def prompts(engine: Engine, kind: str, count: int) -> list[list[int]]:
     return [ids[s : s + length] + ids[s : s + again] for s in starts]
 
 
+def forget(engine: Engine) -> None:
+    """What past answers left."""
+    proposer = engine.scheduler.proposer
+    if isinstance(proposer, Suffix):
+        engine.scheduler.proposer = Suffix()
+    if isinstance(proposer, DraftModel):
+        proposer.served.cache.clear_prefix()
+    engine.cache.clear_prefix()
+    engine.speculation = SpeculationStats()
+
+
 def generation_s(engine: Engine, asked: list[list[int]], params: SamplingParams) -> float:
     """Seconds from the moment when all prompts are read."""
-    engine.cache.clear_prefix()
     engine.scheduler.prompts_first = True
     for prompt in asked:
         engine.add_request(prompt, params)
@@ -58,6 +76,7 @@ def generation_s(engine: Engine, asked: list[list[int]], params: SamplingParams)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tales")
+    parser.add_argument("--draft-model", default="tales-draft")
     parser.add_argument("--batch", default="1,8")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=8)
@@ -66,8 +85,15 @@ def main() -> None:
     given = parser.parse_args()
     batches = [int(part) for part in given.batch.split(",")]
     engines = {
-        name: Engine.load(given.model, EngineOptions(max_batch=max(batches), speculate=name))
-        for name in METHODS
+        name: Engine.load(
+            given.model,
+            EngineOptions(
+                max_batch=max(batches),
+                draft_model=given.draft_model if name == "draft" else None,
+                **options,
+            ),
+        )
+        for name, options in METHODS.items()
     }
     lines = [
         f"- date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d}; torch {torch.__version__}",
@@ -89,14 +115,13 @@ def main() -> None:
                 )
                 spent: dict[str, list[float]] = {name: [] for name in METHODS}
                 for index in range(given.rounds + 1):
-                    for name in METHODS[:: -1 if index % 2 else 1]:
+                    for name in list(METHODS)[:: -1 if index % 2 else 1]:
                         engine = engines[name]
-                        engine.scheduler.proposer = make_proposer(name)
-                        engine.speculation = SpeculationStats()
+                        forget(engine)
                         took = sum(generation_s(engine, group, params) for group in groups)
                         if index:  # the first round warms up
                             spent[name].append(took)
-                for name in METHODS[1:]:
+                for name in list(METHODS)[1:]:
                     stats = engines[name].speculation
                     gains = [a / b for a, b in zip(spent["none"], spent[name])]
                     shares = " ".join(f"{share:.2f}" for share in stats.by_position)
@@ -107,7 +132,7 @@ def main() -> None:
                     )
                     print(lines[-1], flush=True)
     if given.out:
-        text = "# Guessed tokens, without a draft model\n\n" + "\n".join(lines) + "\n"
+        text = "# Guessed tokens\n\n" + "\n".join(lines) + "\n"
         given.out.write_text(text, encoding="utf-8")
 
 

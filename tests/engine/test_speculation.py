@@ -25,10 +25,11 @@ PROPOSERS = ["lookup", "suffix"]
 def test_all_ways(speculate: str, mixed: bool, backend: str) -> None:
     """Requests with every kind of parameter; tiny models repeat themselves, so guesses stand."""
     spec = mixed_spec() if mixed else None
-    longest = 40 if backend == "plain" else 90
-    requests = random_requests(16, seed=11, max_prompt=longest, max_output=40)
+    count, longest = (5, 40) if backend == "plain" else (16, 90)
+    requests = random_requests(count, seed=11, max_prompt=longest, max_output=40)
     requests += [
-        ([3 + i, 4, 5, 6] * 4, SamplingParams(max_tokens=60, temperature=0.0)) for i in range(8)
+        ([3 + i, 4, 5, 6] * 4, SamplingParams(max_tokens=60, temperature=0.0))
+        for i in range(count // 2)
     ]
     base = dataclasses.replace(BASE, backend=backend)  # type: ignore[arg-type]
     expected = serve(build(base, spec), requests, together=False)
@@ -44,7 +45,7 @@ def test_all_ways(speculate: str, mixed: bool, backend: str) -> None:
     for name, options in ways.items():
         engine = build(options, spec)
         assert serve(engine, requests) == expected, name
-        assert sum(engine.speculation.accepted) > 100, name
+        assert sum(engine.speculation.accepted) > 10 * count // 2, name
         if name == "reuse":
             assert serve(engine, requests) == expected, "warm"
             assert engine.cache.stats().prefix.tokens_reused > 0
@@ -62,14 +63,15 @@ def story_prompts(engine: Engine, count: int) -> list[list[int]]:
     return [ids[start : start + draw.randrange(8, 100)] for start in starts]
 
 
-def check_greedy(count: int, tokens: int, speculate: str) -> float:
+def check_greedy(count: int, tokens: int, speculate: str, **fields: object) -> float:
     """Tokens a step, when all are those of plain generation."""
     options = EngineOptions(dtype="float32", max_batch=32, cache_bytes=40 << 20)
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     plain = Engine.load("tales", options)
     prompts = story_prompts(plain, count)
     expected = [out.outputs[0].token_ids for out in plain.generate(prompts, params)]
-    engine = Engine.load("tales", dataclasses.replace(options, speculate=speculate))  # type: ignore[arg-type]
+    on = dataclasses.replace(options, speculate=speculate, **fields)  # type: ignore[arg-type]
+    engine = Engine.load("tales", on)
     found = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]
     assert found == expected
     assert sum(engine.speculation.accepted) > count * tokens / 20

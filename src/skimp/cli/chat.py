@@ -37,7 +37,9 @@ def chat(
     backend: opt.Backend = "auto",
     cache_dtype: opt.CacheDType = "auto",
     speculate: opt.Speculate = "none",
+    draft_model: opt.DraftModel = None,
     draft_tokens: opt.DraftTokens = None,
+    draft_rule: opt.DraftRule = None,
     max_context: opt.MaxContext = None,
 ) -> None:
     """Talk with a model. /reset starts over, /quit leaves.
@@ -72,7 +74,9 @@ def chat(
         backend=backend,
         cache_dtype=cache_dtype,
         speculate=speculate,
+        draft_model=draft_model,
         draft_tokens=draft_tokens,
+        draft_rule=draft_rule,
         max_context=max_context,
         max_batch=2,
     )

@@ -66,7 +66,9 @@ def generate(
     backend: opt.Backend = "auto",
     cache_dtype: opt.CacheDType = "auto",
     speculate: opt.Speculate = "none",
+    draft_model: opt.DraftModel = None,
     draft_tokens: opt.DraftTokens = None,
+    draft_rule: opt.DraftRule = None,
     max_context: opt.MaxContext = None,
     deterministic: opt.Deterministic = False,
     json_output: opt.Json = False,
@@ -82,6 +84,7 @@ def generate(
       skimp generate tales "Once upon a time" --max-tokens 200 --seed 7
       skimp generate ./model - --temperature 0 --json < prompt.txt
       skimp generate tales "The fox" --stop "." --top-p 0.9 --n 3
+      skimp generate tales "The fox" --speculate draft --draft-model tales-draft
     """
     from skimp.cli.models import load_engine
     from skimp.cli.output import note, print_json, read_prompt
@@ -118,7 +121,9 @@ def generate(
         backend=backend,
         cache_dtype=cache_dtype,
         speculate=speculate,
+        draft_model=draft_model,
         draft_tokens=draft_tokens,
+        draft_rule=draft_rule,
         max_context=max_context,
         deterministic=deterministic,
         max_batch=max(8, n),
@@ -255,6 +260,12 @@ def speed_line(engine: Engine, output: RequestOutput, speed: Speed) -> str:
     cost = step_cost(engine.work, steps)
     step_s = speed.generation_s / speed.steps
     predicted = len(steps) / predict(cost, hardware).seconds
+    if engine.options.speculate != "none":
+        return (
+            f"{head}; {rate_text(speed.tokens_per_s)} tokens/s generating, "
+            f"{engine.speculation.tokens_per_step:.2f} tokens a step of a sequence; "
+            f"{rate_text(predicted)} predicted without guesses]"
+        )
     return (
         f"{head}; {rate_text(speed.tokens_per_s)} tokens/s generating, "
         f"{rate_text(predicted)} predicted, "

@@ -57,12 +57,20 @@ CacheBytes = Annotated[
 Speculate = Annotated[
     str,
     typer.Option(
-        help="none, lookup or suffix: guess tokens and check several at once.", metavar="NAME"
+        help="none, lookup, suffix or draft: guess tokens, check several at once.", metavar="NAME"
     ),
 ]
 DraftTokens = Annotated[
     int | None,
-    typer.Option(help="Guess at most so many; 8.", metavar="N", show_default=False),
+    typer.Option(help="Guess at most so many; 8, or 4 by a model.", metavar="N"),
+]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="With --speculate draft: the smaller model that guesses.", metavar="MODEL"),
+]
+DraftRule = Annotated[
+    str | None,
+    typer.Option(help="With --speculate draft: block, chain or match.", metavar="NAME"),
 ]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Same tokens whatever else runs, bit for bit.")

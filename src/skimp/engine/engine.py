@@ -14,27 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skimp.cache import Arena, CacheLayout, CacheManager
-from skimp.cost import model_work
-from skimp.decoding.accept import DrawAndCompare
 from skimp.decoding.deferred import deferrable, draw_deferred
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.proposal import Accepted, Proposer
 from skimp.decoding.rows import RowState, resolve_bad_words
-from skimp.decoding.sampler import Sampler
 from skimp.decoding.stops import FinishReason, StopChecker
 from skimp.engine.admission import Prompt, encode, most_tokens
-from skimp.engine.backends import StepBuffers, choose_backend
 from skimp.engine.flight import Draw, Flight
 from skimp.engine.options import EngineOptions
 from skimp.engine.reading import KeepLogits, PromptReader, Scores, ScoreTokens
 from skimp.engine.request import Flying, Request, RequestOutput, Sequence
-from skimp.engine.runner import Runner
 from skimp.engine.scheduler import Scheduler, Work
-from skimp.engine.sizing import default_cache_bytes, longest_context
-from skimp.engine.speculation import SpeculationStats, make_proposer
+from skimp.engine.served import ServedModel
+from skimp.engine.speculation import SpeculationStats, make_acceptor, make_proposer
 from skimp.errors import OptionError, RequestError
-from skimp.model.caches import cache_specs
 from skimp.model.decoder import Decoder
 from skimp.model.loading import load_decoder
 from skimp.model.locate import locate_model
@@ -62,60 +55,35 @@ class Engine:
         proposer: Proposer | None = None,
     ) -> None:
         options = options or EngineOptions()
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise OptionError("device: cuda is not available to this PyTorch on this machine")
-        self.spec, self.tokenizer, self.options = decoder.spec, tokenizer, options
-        self.decoder = decoder
-        self.dtype = decoder.dtype
-        dtype = str(decoder.dtype).removeprefix("torch.")
-        specs = cache_specs(
-            decoder.spec,
-            dtype,
-            cache_dtype=options.cache_dtype,
-            cache_recent=options.cache_recent,
-            cache_hadamard=options.cache_hadamard,
-        )
-        self.work = model_work(decoder.spec, specs, dtype=dtype)
-        self.max_context = longest_context(decoder, options)
-        layout = CacheLayout.from_specs(specs, page_tokens=options.page_size(decoder.spec))
-        budget = options.cache_bytes or default_cache_bytes(
-            decoder, self.work, layout, options, self.max_context
-        )
-        try:
-            arena = Arena(layout, budget, options.device)
-        except ValueError as error:
-            raise OptionError(f"cache_bytes: {error}") from error
-        self.cache = CacheManager(layout, arena, enable_prefix=options.prefix_cache)
-        proposer = proposer or make_proposer(options.speculate)
-        if options.draft_tokens is not None and proposer is None:
+        plain = options.speculate == "none" and proposer is None
+        if plain and options.draft_tokens is not None:
             raise OptionError("draft_tokens: nothing is guessed unless speculate says how")
-        drafts = options.longest_draft if proposer is not None else 0
+        drafts = 0 if plain else options.longest_draft
         lines = options.max_batch * (1 + drafts)
-        max_logits = max(options.max_batch, 128, min(lines, MOST_LOGITS))
-        buffers = StepBuffers(
-            layout,
-            arena,
-            max_rows=max(options.step_tokens, options.max_batch),
-            max_seqs=options.max_batch,
-            max_logits=max_logits,
-            max_context=self.max_context,
+        served = ServedModel(
+            decoder, options, max_logits=max(options.max_batch, 128, min(lines, MOST_LOGITS))
         )
-        backend = choose_backend(decoder, layout, buffers, options, self.max_context)
-        self.backend_name = backend.name
-        self.runner = Runner(backend, buffers)
+        self.spec, self.tokenizer, self.options = decoder.spec, tokenizer, options
+        self.decoder, self.dtype, self.work = decoder, served.dtype, served.work
+        self.cache, self.runner = served.cache, served.runner
+        self.max_context, self.backend_name = served.max_context, served.backend_name
+        if proposer is None:
+            proposer = make_proposer(options, self.spec, tokenizer)
+        elif options.speculate != "none":
+            raise OptionError(f"speculate: {options.speculate} beside a proposer that was given")
         self.scheduler = Scheduler(
             self.cache,
             proposer,
             draft_tokens=drafts,
             token_budget=options.step_tokens,
             max_batch=options.max_batch,
-            max_logits=max_logits,
+            max_logits=served.max_logits,
         )
         # Guesses follow from tokens that the host has seen.
         self._overlap = options.overlaps and proposer is None
         self._flight: Flight | None = None  # launched, and not landed
         self._numbers = itertools.count()
-        self._acceptor = DrawAndCompare(Sampler())
+        self._acceptor = make_acceptor(options)
         self.speculation = SpeculationStats()
         self._requests: dict[str, Request] = {}
         self._arrivals = itertools.count()

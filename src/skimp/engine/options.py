@@ -11,8 +11,9 @@ from skimp.model.spec import LatentAttentionSpec, ModelSpec
 
 Backend = Literal["auto", "native", "triton", "plain"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
-Speculate = Literal["none", "lookup", "suffix"]
-LONGEST_DRAFT = 8  # tokens, unless draft_tokens says how many
+Speculate = Literal["none", "lookup", "suffix", "draft"]
+DraftRule = Literal["block", "chain", "match"]
+LONGEST_DRAFT = {"none": 8, "lookup": 8, "suffix": 8, "draft": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,12 @@ class EngineOptions:
 
     ``speculate`` has tokens guessed that the model then checks several at a time: ``lookup`` copies
     what followed the same few tokens before, ``suffix`` what followed most often, in past answers
-    of the same salt too. At most ``draft_tokens`` are guessed (None: 8). What is generated keeps
-    its law, and where steps of one row and of several give the same bits, every token.
+    of the same salt too, ``draft`` asks ``draft_model``, a smaller model with the same tokens and a
+    cache on top of ``cache_bytes``. At most ``draft_tokens`` are guessed (None: 8, by a model 4).
+    What is generated keeps its law; and where steps of one row and of several give the same bits
+    every token, but for what a draft model guesses by ``draft_rule`` ``block`` or ``chain`` at a
+    temperature above 0. ``match``, the rule of the deterministic mode, gives the tokens of plain
+    generation there too, and accepts fewer (None: block, or match).
     """
 
     dtype: DTypeName = "auto"
@@ -57,6 +62,8 @@ class EngineOptions:
     overlap: bool | None = None
     speculate: Speculate = "none"
     draft_tokens: int | None = None
+    draft_model: str | None = None
+    draft_rule: DraftRule | None = None
 
     def __post_init__(self) -> None:
         self._check_count("max_batch", self.max_batch)
@@ -86,6 +93,7 @@ class EngineOptions:
             if not isinstance(getattr(self, name), bool | None):
                 got = f"got {getattr(self, name)!r}"
                 raise OptionError(f"{name}: expected true, false or none, {got}")
+        self._check_drafts()
         if self.device not in ("cpu", "cuda"):
             raise OptionError(f"device: expected cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and self.backend == "native":
@@ -101,7 +109,12 @@ class EngineOptions:
     @property
     def longest_draft(self) -> int:
         """The most tokens that are guessed."""
-        return self.draft_tokens or LONGEST_DRAFT
+        return self.draft_tokens or LONGEST_DRAFT[self.speculate]
+
+    @property
+    def accepts_by(self) -> DraftRule:
+        """The rule for guesses that a model drew."""
+        return self.draft_rule or ("match" if self.deterministic else "block")
 
     @property
     def overlaps(self) -> bool:
@@ -112,6 +125,20 @@ class EngineOptions:
         """Tokens of a page, as chosen or as the device reads them best."""
         latents = any(isinstance(layer.mixer, LatentAttentionSpec) for layer in spec.layers)
         return self.page_tokens or (64 if self.device == "cuda" and latents else 16)
+
+    def _check_drafts(self) -> None:
+        if self.draft_rule is not None:
+            self._check_choice("draft_rule", get_args(DraftRule))
+        if self.speculate == "draft" and not isinstance(self.draft_model, str):
+            raise OptionError("draft_model: speculate is draft, so which model?")
+        for name in ("draft_model", "draft_rule"):
+            if getattr(self, name) is not None and self.speculate != "draft":
+                raise OptionError(f"{name}: only with speculate draft, not {self.speculate}")
+        if self.deterministic and self.draft_rule not in (None, "match"):
+            raise OptionError(
+                f"draft_rule: {self.draft_rule} depends on how long drafts are, and so on the "
+                "batch, which deterministic rules out; use match"
+            )
 
     def _check_count(self, name: str, value: Any, *, least: int = 1) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

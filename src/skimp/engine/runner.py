@@ -4,14 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skimp.cache import BlockTables
+from skimp.cache import BlockTables, CacheSequence
 from skimp.engine.backends import Backend, StepBuffers
-from skimp.engine.scheduler import Work
+from skimp.engine.request import Flying
+
+
+class Tokens(Protocol):
+    """A sequence, as far as a runner reads it."""
+
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def cache(self) -> CacheSequence | None: ...
+    @property
+    def flying(self) -> Flying | None: ...
+
+
+class Rows(Protocol):
+    """``num_tokens`` rows of a sequence from ``start`` on; of the last ``num_logits`` of them the
+    logits are wanted."""
+
+    @property
+    def seq(self) -> Tokens: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_logits(self) -> int: ...
+    @property
+    def token_ids(self) -> list[int]: ...
 
 
 class Runner:
@@ -19,7 +47,7 @@ class Runner:
         self.backend, self.buffers = backend, buffers
         self._tables = BlockTables(buffers.tables)
 
-    def run(self, work: Sequence[Work]) -> Tensor:
+    def run(self, work: Sequence[Rows]) -> Tensor:
         """Logits float32 [L, V] of the rows each part of the work asked for, in order."""
         buffers = self.buffers
         self.backend.wait()

@@ -187,9 +187,11 @@ class Scheduler:
 
 
 def _may_draft(item: Work) -> bool:
-    """Samples that share a cache until the prompt is done may accept different parts of a draft."""
+    """Samples that share a cache until the prompt is done may accept different parts of a draft,
+    and what a grammar allows now says nothing of later tokens."""
     seq = item.seq
-    return item.reaches_end and seq.places == 1 and seq.request.next_row is None
+    free = seq.request.next_row is None and seq.sampling.allowed is None
+    return item.reaches_end and seq.places == 1 and free
 
 
 def _ask(seq: Sequence, most: int) -> Ask:

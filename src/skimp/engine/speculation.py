@@ -1,24 +1,50 @@
-"""Which proposer an option names, and what became of its guesses."""
+"""Which proposer and which acceptor the options name, and what became of the guesses."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from skimp.decoding.proposal import Proposer
-from skimp.engine.options import Speculate
+from skimp.decoding.accept import RULES, DrawAndCompare, RatioTest
+from skimp.decoding.proposal import Acceptor, Proposer
+from skimp.decoding.sampler import Sampler
+from skimp.engine.options import EngineOptions
+from skimp.model.spec import ModelSpec
+from skimp.text.tokenizer import Tokenizer
 
 
-def make_proposer(name: Speculate) -> Proposer | None:
-    """None for plain generation."""
-    if name == "lookup":
+def make_proposer(
+    options: EngineOptions, spec: ModelSpec, tokenizer: Tokenizer | None
+) -> Proposer | None:
+    """None for plain generation. Raises ``SkimpError`` for a draft model that does not fit."""
+    if options.speculate == "lookup":
         from skimp.decoding.lookup import Lookup
 
         return Lookup()
-    if name == "suffix":
+    if options.speculate == "suffix":
         from skimp.decoding.suffix import Suffix
 
         return Suffix()
+    if options.speculate == "draft":
+        return _draft_model(options, spec, tokenizer)
     return None
+
+
+def make_acceptor(options: EngineOptions) -> Acceptor:
+    rule = options.accepts_by
+    return DrawAndCompare(Sampler()) if rule == "match" else RatioTest(Sampler(), RULES[rule])
+
+
+def _draft_model(options: EngineOptions, spec: ModelSpec, tokenizer: Tokenizer | None) -> Proposer:
+    from skimp.engine.draft_model import DraftModel, require_same_tokens
+    from skimp.model.loading import load_decoder
+    from skimp.model.locate import locate_model
+
+    name = options.draft_model
+    assert name is not None
+    path = locate_model(name)
+    decoder = load_decoder(path, dtype=options.dtype)
+    require_same_tokens(name, decoder.spec, Tokenizer.load(path), spec, tokenizer)
+    return DraftModel(decoder, options, coupled=options.accepts_by == "match")
 
 
 @dataclass
