@@ -49,7 +49,9 @@ def step(world: World, rng: random.Random, seen: Counter[str]) -> None:
             batch.append(text)
             more = rng.randint(1, 7)
             if rng.random() < 0.3 and text.cache.length + n + more <= 60 and len(known) <= n:
-                seen["extended" if world.extend(text, phrase(rng, more)) else "refused"] += 1
+                room = world.extend(text, phrase(rng, more))
+                seen["extended"] += room == more
+                seen["cut"] += room < more
         else:
             seen["refused"] += 1
     if rng.random() < 0.1 and batch:
@@ -131,6 +133,7 @@ def test_random_lives(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         "refused",
         "rolled back",
         "extended",
+        "cut",
         "reused",
         "resumed",
         "forked",

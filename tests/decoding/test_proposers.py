@@ -13,7 +13,7 @@ from skimp.decoding.lookup import LONGEST, SHORTEST, Lookup
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.proposal import Ask, Draft
 from skimp.decoding.rows import RowState
-from skimp.decoding.suffix import GAP, KEPT, PLACES, Suffix, SuffixIndex
+from skimp.decoding.suffix import KEPT, KEPT_OF_ALL, PLACES, Suffix, SuffixIndex
 
 ROW = RowState(SamplingParams(), vocab_size=1000)
 texts = st.lists(st.integers(0, 3), min_size=0, max_size=60)
@@ -118,10 +118,21 @@ def test_suffix_forgets_the_oldest_answers() -> None:
         tokens = list(range(number * KEPT // 2, (number + 1) * KEPT // 2))
         suffix.propose([ask(tokens, key=number)])
         suffix.end(number)
-    assert GAP not in suffix.propose([ask([0, 1], key="old")])[0].tokens
     assert suffix.propose([ask([0, 1], key="old")]) == [Draft()]
     last = 4 * KEPT // 2 - 10
     assert suffix.propose([ask([last, last + 1], key="new")])[0].tokens[0] == last + 2
+
+
+def test_suffix_forgets_the_salts_that_nobody_asks_for() -> None:
+    suffix, size = Suffix(), KEPT // 2
+    for number in range(2 * KEPT_OF_ALL // size):
+        tokens = list(range(number * size, (number + 1) * size))
+        suffix.propose([ask(tokens, key=number, salt=f"tenant {number}")])
+        suffix.end(number)
+    assert suffix.propose([ask([0, 1], key="x", salt="tenant 0")]) == [Draft()]
+    last = 2 * KEPT_OF_ALL // size - 1
+    asked = ask([last * size, last * size + 1], key="y", salt=f"tenant {last}")
+    assert suffix.propose([asked])[0].tokens[0] == last * size + 2
 
 
 @pytest.mark.parametrize("proposer", [Lookup(), Suffix()], ids=["lookup", "suffix"])

@@ -181,7 +181,10 @@ def test_no_guess_beyond_the_drafts_own_context() -> None:
 
 def test_sequences_that_end_or_are_aborted_leave_nothing() -> None:
     engine, proposer = drafting(BASE)
-    ids = [engine.add_request([5 + i, 6, 7] * 9, SamplingParams(max_tokens=30)) for i in range(4)]
+    ids = [
+        engine.add_request([5 + i, 6, 7] * 9, SamplingParams(max_tokens=30, ignore_eos=True))
+        for i in range(4)
+    ]
     for _ in range(4):
         engine.step()
     assert proposer.served.cache.stats().sequences == 4

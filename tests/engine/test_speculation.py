@@ -97,9 +97,13 @@ class Always:
 
     def __init__(self, draft: Sequence[int]) -> None:
         self.draft, self.asks, self.ended = list(draft), 0, 0
+        self.most: list[int] = []
+        self.outputs: list[int] = []  # that there were when it was asked
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         self.asks += len(asks)
+        self.most += [ask.most for ask in asks]
+        self.outputs += [len(ask.tokens) - ask.num_prompt for ask in asks]
         return [Draft(tuple(self.draft[: ask.most])) for ask in asks]
 
     def end(self, key: object) -> None:
@@ -115,6 +119,66 @@ def test_wrong_guesses_are_rolled_back() -> None:
     assert wrong.asks > 50 and wrong.ended >= len(requests)
     assert sum(engine.speculation.drafted) > 10 * sum(engine.speculation.accepted)
     assert engine.cache.stats().sequences == 0
+
+
+class Failing(Always):
+    """Raises at every third call of either kind."""
+
+    calls = 0
+
+    def _maybe(self) -> None:
+        self.calls += 1
+        if self.calls % 3 == 0:
+            raise RuntimeError("no guess today")
+
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        self._maybe()
+        return super().propose(asks)
+
+    def end(self, key: object) -> None:
+        self._maybe()
+
+
+def test_a_proposer_that_raises_loses_nothing() -> None:
+    requests = random_requests(10, seed=6, max_prompt=50)
+    expected = serve(build(BASE), requests)
+    engine = build(BASE, proposer=Failing([7, 8]))
+    ids = [engine.add_request(prompt, params) for prompt, params in requests]
+    done = {}
+    while engine.has_unfinished():
+        try:
+            done |= {out.request_id: out for out in engine.step() if out.finished}
+        except RuntimeError:
+            engine.cache.audit()
+    assert [[o.token_ids for o in done[i].outputs] for i in ids] == expected
+    assert engine.cache.stats().sequences == 0
+
+
+def test_guesses_evict_no_prefix() -> None:
+    """A prefix that plain generation keeps is kept with guesses, too."""
+    pages = dataclasses.replace(BASE, prefix_cache=True)
+    first, second = list(range(3, 100)), list(range(200, 226))
+    asked = [(first, 4), (second, 4), (first, 2)]
+
+    def reused(proposer: Always | None) -> list[int]:
+        size = build(pages).cache.layout.bytes_needed(8 * 16, 512)
+        engine = build(dataclasses.replace(pages, cache_bytes=size), proposer=proposer)
+        params = [SamplingParams(max_tokens=n, temperature=0.0) for _, n in asked]
+        outs = [engine.generate([p], s)[0] for (p, _), s in zip(asked, params)]
+        return [out.metrics.reused_prompt_tokens for out in outs]
+
+    assert reused(None)[2] > 0
+    assert reused(Always([1] * 8)) == reused(None)
+
+
+def test_the_last_token_of_a_context_is_drawn_plainly() -> None:
+    prompt = [3, 4, 5, 6] * 4
+    options = dataclasses.replace(BASE, max_context=32)
+    params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+    proposer = Always([9] * 8)
+    engine = build(options, proposer=proposer)
+    assert serve(engine, [(prompt, params)]) == serve(build(options), [(prompt, params)])
+    assert max(m + o for m, o in zip(proposer.most, proposer.outputs)) == 15
 
 
 def test_drafts_take_nobodys_place() -> None:
@@ -149,6 +213,8 @@ def test_options_are_refused() -> None:
         EngineOptions(speculate="medusa")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="draft_tokens"):
         EngineOptions(speculate="lookup", draft_tokens=33)
+    with pytest.raises(OptionError, match="overlap"):
+        EngineOptions(speculate="lookup", overlap=True)
     with pytest.raises(OptionError, match="draft_tokens"):
         build(EngineOptions(draft_tokens=3))
     engine = build(dataclasses.replace(BASE, speculate="lookup"))

@@ -18,8 +18,8 @@
 Rules
 
 * ``append`` then ``commit`` is the only way in, for prompts, generation, speculation and blocks
-  alike. One append may be open a sequence, and ``extend`` may lengthen it before the forward, which
-  may write only the positions that were reserved.
+  alike. One append may be open a sequence, and ``extend`` may lengthen it before the forward out of
+  what is free; the forward may write only the positions that were reserved.
 * Block tables are written after the last ``append`` of a step: any append may move pages of any
   sequence (compaction), and a commit may replace a page by an equal one that was there first.
 * The address of a page is its byte offset / 64; 0 is no page. A query at position p of a group

@@ -173,18 +173,18 @@ class CacheManager:
         seq.pending = n
         return True
 
-    def extend(self, seq: CacheSequence, n: int) -> bool:
-        """Reserve pages for ``n`` more positions of a step whose ``append`` is open, for guesses:
-        idle prefix pages are evicted for them, too.
-
-        False if the budget does not allow it; then nothing has changed.
-        """
+    def extend(self, seq: CacheSequence, n: int) -> int:
+        """Reserve up to ``n`` more positions for a step whose ``append`` is open, for guesses: of
+        what is free, and nothing is evicted or moved for them. Returns how many."""
         assert n > 0 and seq.pending, "extend is of an open append"
-        end = seq.length + seq.pending + n
-        if end > seq._capacity and not self._reserve(seq, end):
-            return False
+        end = seq.length + seq.pending
+        fresh = -(-(end + n) // self._page) - seq._capacity // self._page
+        if fresh > 0 and not self.arena.can_alloc([fresh] * len(seq.pages)):
+            n = seq._capacity - end
+        elif fresh > 0:
+            self._reserve(seq, end + n)
         seq.pending += n
-        return True
+        return n
 
     def commit(self, seq: CacheSequence, k: int, token_ids: Sequence[int]) -> None:
         """Keep the first ``k`` of the appended tokens, whose ids begin ``token_ids``; roll the

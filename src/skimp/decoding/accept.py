@@ -68,7 +68,7 @@ class Block:
     def shares(self, ratios: Floats) -> Floats:
         found = np.ones(len(ratios) + 1)
         for i, ratio in enumerate(ratios):
-            found[i + 1] = min(found[i] * ratio, 1.0)
+            found[i + 1] = min(found[i] * ratio, 1.0) if found[i] > 0.0 else 0.0
         return found
 
     def chances(self, ratios: Floats, left: Floats) -> Floats:
@@ -219,35 +219,26 @@ class RatioTest:
         kept: Sequence[int],
     ) -> list[int]:
         """Draw the token after those that stand."""
-        after = [-1] * len(rows)
         begins = np.cumsum([0, *(b.length for b in blocks)])
         fell = [i for i, b in enumerate(blocks) if kept[i] < b.length]
         whole = [
             i for i, b in enumerate(blocks) if kept[i] == b.length and b.line + kept[i] in place
         ]
+        found: dict[int, int] = {}
+
+        def draw_after(weights: Tensor, which: Sequence[int], purpose: Purpose) -> None:
+            keys = [rows[i].key for i in which]
+            positions = [rows[i].position + kept[i] for i in which]
+            numbers = torch.from_numpy(uniforms(keys, positions, purpose)).to(weights.device)
+            found.update(zip(which, draw(weights, numbers).tolist()))
+
         if fell:
             at = torch.tensor([int(begins[i]) + kept[i] for i in fell], device=p.device)
-            self._draw(ends_after(p[at], laws[at], share[at]), fell, rows, kept, after, False)
+            draw_after(ends_after(p[at], laws[at], share[at]), fell, Purpose.RESIDUAL)
         if whole:
             at = torch.tensor([place[blocks[i].line + kept[i]] for i in whole], device=p.device)
-            self._draw(target[at], whole, rows, kept, after, True)
-        return after
-
-    def _draw(
-        self,
-        weights: Tensor,
-        which: Sequence[int],
-        rows: Sequence[RowState],
-        kept: Sequence[int],
-        after: list[int],
-        bonus: bool,
-    ) -> None:
-        keys = [rows[i].key for i in which]
-        positions = [rows[i].position + kept[i] for i in which]
-        purpose = Purpose.SAMPLE if bonus else Purpose.RESIDUAL
-        numbers = torch.from_numpy(uniforms(keys, positions, purpose)).to(weights.device)
-        for i, token in zip(which, draw(weights, numbers).tolist()):
-            after[i] = token
+            draw_after(target[at], whole, Purpose.SAMPLE)
+        return [found.get(i, -1) for i in range(len(rows))]
 
 
 class _Block:

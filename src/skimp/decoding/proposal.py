@@ -25,6 +25,13 @@ class Draft:
     tokens: tuple[int, ...] = ()
     laws: Tensor | None = None
 
+    def cut(self, length: int) -> Draft:
+        """Its beginning. How long that is must not depend on the tokens (the law would change)."""
+        if length >= len(self.tokens):
+            return self
+        laws = None if self.laws is None or not length else self.laws[:length]
+        return Draft(self.tokens[:length], laws)
+
 
 EMPTY: Final = Draft()
 

@@ -1,9 +1,9 @@
 """Random numbers as a function of (key, position, purpose): Philox4x32-10.
 
 Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. There is no
-state to advance, so what a request draws cannot depend on its neighbours in the batch, on
-preemption, or on how many tokens a speculative step guessed; and two purposes at one position are
-independent, which a shared noise vector is not.
+state to advance, so what a request draws cannot depend on its neighbours in the batch or on
+preemption, nor, where guesses are compared, on how many there were; and two purposes at one
+position are independent, which a shared noise vector is not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Purpose(IntEnum):
 
     SAMPLE = 0  # the token of a plain step, or the bonus token of a speculative one
     DRAFT = 1  # the proposer's token
-    ACCEPT = 2  # the acceptance test of a drafted token
+    ACCEPT = 2  # how many drafted tokens stand; at the position of the first
     RESIDUAL = 3  # the token after a refusal
     KEY = 4  # deriving the key of sample i of n
 

@@ -18,7 +18,8 @@ PLACES: Final = 32  # the newest that are looked at
 DEPTH: Final = 32  # tokens that are compared backwards
 FLOOR: Final = 0.15  # a guess goes on while its chance, by the votes, is above
 PER_MATCHED: Final = 2  # guesses for each token that agrees
-KEPT: Final = 1 << 17  # tokens of past answers a salt, of which the older half is dropped
+KEPT: Final = 1 << 17  # tokens of past answers a salt, of which the older half is let go
+KEPT_OF_ALL: Final = 1 << 19  # of all salts: those not asked for the longest are let go
 GAP: Final = -1  # between two answers
 
 
@@ -90,12 +91,34 @@ class _Own:
         self.tokens, self.num_prompt, self.salt = ask.tokens, ask.num_prompt, ask.salt
 
 
+class _Past:
+    """Past answers of a salt in two generations, so that letting go of the older costs nothing."""
+
+    __slots__ = ("newer", "older")
+
+    def __init__(self) -> None:
+        self.older, self.newer = SuffixIndex(), SuffixIndex()
+
+    @property
+    def size(self) -> int:
+        return len(self.older.tokens) + len(self.newer.tokens)
+
+    def learn(self, answer: Sequence[int]) -> None:
+        if self.newer.tokens and len(self.newer.tokens) + len(answer) > KEPT // 2:
+            self.older, self.newer = self.newer, SuffixIndex()
+        self.newer.extend([*answer[-KEPT // 2 :], GAP])
+
+    def guess(self, text: Sequence[int], most: int) -> tuple[tuple[int, ...], float]:
+        found = [index.guess(text, most) for index in (self.newer, self.older)]
+        return max(found, key=lambda one: one[1])
+
+
 class Suffix:
     """A :class:`~skimp.decoding.proposal.Proposer` without a model."""
 
     def __init__(self) -> None:
         self._own: dict[Hashable, _Own] = {}
-        self._past: dict[str | None, SuffixIndex] = {}
+        self._past: dict[str | None, _Past] = {}  # the salt that was asked for last is the last
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         return [self._one(ask) for ask in asks]
@@ -105,12 +128,13 @@ class Suffix:
         own = self._own.pop(key, None)
         if own is None:
             return
-        past = self._past.setdefault(own.salt, SuffixIndex())
-        past.extend([*own.tokens[own.num_prompt :], GAP])
-        if len(past.tokens) > KEPT:
-            newer = SuffixIndex()
-            newer.extend(past.tokens[-KEPT // 2 :])
-            self._past[own.salt] = newer
+        past = self._past.pop(own.salt) if own.salt in self._past else _Past()
+        self._past[own.salt] = past
+        past.learn(own.tokens[own.num_prompt :])
+        total = sum(other.size for other in self._past.values())
+        while total > KEPT_OF_ALL and len(self._past) > 1:
+            oldest = next(iter(self._past))
+            total -= self._past.pop(oldest).size
 
     def _one(self, ask: Ask) -> Draft:
         own = self._own.get(ask.key)

@@ -33,7 +33,7 @@ from skimp.model.loading import load_decoder
 from skimp.model.locate import locate_model
 from skimp.text.tokenizer import Tokenizer
 
-MOST_LOGITS = 512  # rows of logits a step, unless there are more sequences
+MOST_LOGITS = 256  # rows of logits a step, unless there are more sequences
 
 
 class Engine:
@@ -161,6 +161,7 @@ class Engine:
                 self._finish(seq, "abort")
         self._pending.append(self._close(request))
         self._forget_vain_flight()
+        self.scheduler.forget_ended()
 
     def has_unfinished(self) -> bool:
         return bool(self._requests or self._pending or self._flight)
@@ -253,6 +254,7 @@ class Engine:
                 self._forget_vain_flight()
             else:
                 outputs += self._land(launched)
+            self.scheduler.forget_ended()
         except BaseException:
             if before is not None:  # it broke while it landed
                 self._abandon(before)
@@ -380,7 +382,7 @@ class Engine:
         rows = [seq.sampling for draw in draws for seq in draw.samples]
         drafts = [draw.item.draft for draw in draws for _ in draw.samples]
         accepted = self._acceptor.accept(_select(flight.logits, lines), rows, drafts)
-        for draft, gain in zip(drafts, accepted):
+        for draft, gain in zip(drafts, accepted if self.scheduler.proposer else ()):
             self.speculation.count(len(draft.tokens), len(gain.tokens) - (gain.error is None))
         return outputs + self._gain(draws, iter(accepted), committed=False)
 

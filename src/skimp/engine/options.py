@@ -134,6 +134,11 @@ class EngineOptions:
         for name in ("draft_model", "draft_rule"):
             if getattr(self, name) is not None and self.speculate != "draft":
                 raise OptionError(f"{name}: only with speculate draft, not {self.speculate}")
+        if self.speculate != "none" and self.overlap:
+            raise OptionError(
+                f"overlap: guesses follow from tokens that the host has seen, so with speculate "
+                f"{self.speculate} a step waits for the one before it"
+            )
         if self.deterministic and self.draft_rule not in (None, "match"):
             raise OptionError(
                 f"draft_rule: {self.draft_rule} depends on how long drafts are, and so on the "

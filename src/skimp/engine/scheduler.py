@@ -65,6 +65,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of rank: the first is preempted last
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
         self.preemptions = 0
+        self._ended: list[Sequence] = []  # that the proposer may still know
         self.prompts_first = False  # generation waits while a prompt can go on
         self._no_room = False  # the first in the queue found no pages, and none came back since
 
@@ -80,8 +81,7 @@ class Scheduler:
     def remove(self, seq: Sequence) -> None:
         """Forget a finished or aborted sequence; its pages go back."""
         self._no_room = False
-        if self.proposer is not None:
-            self.proposer.end(seq)
+        self._ended.append(seq)
         if seq.cache is not None:
             self.cache.close(seq.cache)
             seq.cache = None
@@ -90,6 +90,13 @@ class Scheduler:
         else:
             self._waiting = [item for item in self._waiting if item[1] is not seq]
             heapq.heapify(self._waiting)
+
+    def forget_ended(self) -> None:
+        """Let the proposer forget what has ended, once nothing depends on its doing so."""
+        ended, self._ended = self._ended, []
+        if self.proposer is not None:
+            for seq in ended:
+                self.proposer.end(seq)
 
     def schedule(self) -> list[Work]:
         """The next step, with cache room reserved for each part of it."""
@@ -151,17 +158,19 @@ class Scheduler:
         share = min(self.draft_tokens, budget // len(may), logits // len(may))
         asks: dict[int, Ask] = {}
         for i in may:
-            seq = work[i].seq
-            assert seq.cache is not None
-            most = min(share, seq.tokens_left - 1)
-            if most > 0 and self.cache.extend(seq.cache, most):
-                asks[i] = _ask(seq, most)
+            most = min(share, work[i].seq.tokens_left - 1)
+            if most > 0:
+                asks[i] = _ask(work[i].seq, most)
         if not asks:
             return
         drafts = self.proposer.propose(list(asks.values()))
         for (i, ask), draft in zip(asks.items(), drafts, strict=True):
             assert len(draft.tokens) <= ask.most, "a draft is longer than was asked for"
-            work[i] = replace(work[i], draft=draft)
+            cache = work[i].seq.cache
+            assert cache is not None
+            if draft.tokens:
+                room = self.cache.extend(cache, len(draft.tokens))
+                work[i] = replace(work[i], draft=draft.cut(room))
 
     def _size(self, seq: Sequence, budget: int, logits: int) -> Work:
         assert seq.cache is not None
