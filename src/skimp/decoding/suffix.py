@@ -19,7 +19,7 @@ DEPTH: Final = 32  # tokens that are compared backwards
 FLOOR: Final = 0.15  # a guess goes on while its chance, by the votes, is above
 PER_MATCHED: Final = 2  # guesses for each token that agrees
 KEPT: Final = 1 << 17  # tokens of past answers a salt, of which the older half is let go
-KEPT_OF_ALL: Final = 1 << 19  # of all salts: those not asked for the longest are let go
+KEPT_OF_ALL: Final = 1 << 19  # of all salts: those not answered for the longest are let go
 GAP: Final = -1  # between two answers
 
 
@@ -118,7 +118,8 @@ class Suffix:
 
     def __init__(self) -> None:
         self._own: dict[Hashable, _Own] = {}
-        self._past: dict[str | None, _Past] = {}  # the salt that was asked for last is the last
+        self._past: dict[str | None, _Past] = {}  # the salt that was answered last is the last
+        self._size = 0  # tokens of all salts
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         return [self._one(ask) for ask in asks]
@@ -130,11 +131,11 @@ class Suffix:
             return
         past = self._past.pop(own.salt) if own.salt in self._past else _Past()
         self._past[own.salt] = past
+        before = past.size
         past.learn(own.tokens[own.num_prompt :])
-        total = sum(other.size for other in self._past.values())
-        while total > KEPT_OF_ALL and len(self._past) > 1:
-            oldest = next(iter(self._past))
-            total -= self._past.pop(oldest).size
+        self._size += past.size - before
+        while self._size > KEPT_OF_ALL and len(self._past) > 1:
+            self._size -= self._past.pop(next(iter(self._past))).size
 
     def _one(self, ask: Ask) -> Draft:
         own = self._own.get(ask.key)
