@@ -43,9 +43,11 @@ class Toy:
     seed: int
     asked: dict[str, Any] = field(default_factory=dict)
     size: int = V
+    memory: int = GAMMA  # tokens that the next one depends on
     _made: dict[tuple[str, Prefix], list[float]] = field(default_factory=dict)
 
     def logits(self, which: str, prefix: Prefix) -> list[float]:
+        prefix = prefix[max(0, len(prefix) - self.memory) :]
         if (which, prefix) not in self._made:
             self._made[which, prefix] = self._make(which, prefix)
         return self._made[which, prefix]

@@ -51,11 +51,24 @@ FILTERS: dict[str, dict[str, Any]] = {
 PENALISED = FILTERS["penalties"]
 
 
+TEMPERATURES = {"greedy": 0.0, "T 0.7": 0.7, "T 1.3": 1.3}
+TRUNCATIONS = {"all": {}, "top_k": {"top_k": 4}, "top_p": {"top_p": 0.8}, "min_p": {"min_p": 0.15}}
+FEATURES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "presence": {"presence_penalty": 0.9},
+    "frequency": {"frequency_penalty": -0.7},
+    "repetition": {"repetition_penalty": 1.4},
+    "logit_bias": {"logit_bias": {1: 2.0, 5: -3.0}},
+    "min_tokens": {"min_tokens": 2, "stop_token_ids": (2, 6)},
+    "bad_words": {"bad_words": ((3,), (1, 4))},
+}
+
+
 class Laws:
     """The laws of skimp's own ``process`` after every prefix."""
 
     def __init__(self, toy: Toy, which: str, asked: dict[str, Any]) -> None:
-        self._toy, self._which, self._row = toy, which, row_of(asked)
+        self._toy, self._which, self._row = toy, which, row_of(asked, size=toy.size)
         self._kept: dict[Prefix, Floats] = {}
 
     def __call__(self, prefix: Prefix) -> Floats:
@@ -115,6 +128,17 @@ def test_rules_keep_the_joint_law_under_every_filter(name: str, what: str) -> No
         toy = Toy(kind, 1000 + seed, asked)
         for own in (asked, {}):
             check_rule(toy, RULES[name], own)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_of_a_request(name: str, temperature: str, feature: str) -> None:
+    """8 tokens, laws that depend on the last two; what masks and penalties leave is the law."""
+    for number, truncation in enumerate(TRUNCATIONS.values()):
+        asked = {"temperature": TEMPERATURES[temperature], **truncation, **FEATURES[feature]}
+        toy = Toy("plain", 300 + number, asked, size=8, memory=2)
+        check_rule(toy, RULES[name], asked if number % 2 else {})
 
 
 def test_block_keeps_at_least_as_many_tokens() -> None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from importlib import resources
 
 import pytest
-from test_equivalence import BASE, build, quarter_cache, serve
+from test_equivalence import BASE, Oracle, build, quarter_cache, serve
 from tiny_models import mixed_spec, random_requests
 
+from skimp.cache.layout import ALIGN
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.proposal import Ask, Draft
 from skimp.engine import Engine, EngineOptions
@@ -119,6 +120,62 @@ def test_wrong_guesses_are_rolled_back() -> None:
     assert wrong.asks > 50 and wrong.ended >= len(requests)
     assert sum(engine.speculation.drafted) > 10 * sum(engine.speculation.accepted)
     assert engine.cache.stats().sequences == 0
+
+
+Page = tuple[str, int, int]  # request, group of layers, number
+
+
+def step_pages(engine: Engine) -> dict[Page, bytes]:
+    """After a step, the bytes of every page that committed tokens fill."""
+    arena, found = engine.cache.arena, {}
+    for seq in engine.scheduler.running:
+        assert seq.cache is not None and not seq.cache.pending
+        for group, pages in zip(engine.cache.layout.groups, seq.cache.pages):
+            full = seq.cache.length // group.page_tokens
+            for number, page in enumerate(pages[:full]):
+                if page:
+                    begin = page * ALIGN
+                    cells = arena.data[begin : begin + group.page_bytes]
+                    key = seq.request.request_id, group.index, number
+                    found[key] = cells.numpy().tobytes()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mixed", "cache_dtype"),
+    [(False, "auto"), (False, "int8"), (True, "auto")],
+    ids=["heads", "int8", "mixed"],
+)
+def test_the_cache_is_that_of_plain_generation(mixed: bool, cache_dtype: str) -> None:
+    """Step by step, with guesses of which some stand, bit for bit."""
+    spec = mixed_spec() if mixed else None
+    options = dataclasses.replace(BASE, cache_dtype=cache_dtype)  # type: ignore[arg-type]
+    requests = [
+        (prompt, dataclasses.replace(params, max_tokens=60, ignore_eos=True))
+        for prompt, params in random_requests(6, seed=31, max_prompt=70)
+    ]
+    plain: dict[Page, bytes] = {}
+
+    def add_all(engine: Engine) -> None:
+        for index, (prompt, params) in enumerate(requests):
+            engine.add_request(prompt, params, request_id=f"{index}")
+
+    engine = build(options, spec)
+    add_all(engine)
+    while engine.has_unfinished():
+        engine.step()
+        plain |= step_pages(engine)
+    texts = [p + s[0] for (p, _), s in zip(requests, serve(build(options, spec), requests))]
+    engine = build(options, spec, proposer=Oracle(texts))
+    add_all(engine)
+    compared = 0
+    while engine.has_unfinished():
+        engine.step()
+        for key, cells in step_pages(engine).items():
+            assert plain[key] == cells, key
+            compared += 1
+    stats = engine.speculation
+    assert compared > 300 and 0 < sum(stats.accepted) < sum(stats.drafted)
 
 
 class Failing(Always):
