@@ -6,16 +6,14 @@ mistakes on, each of which some engine has shipped.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from decoding_reference import law
-from numpy.typing import NDArray
+from joint_laws import Floats, Law, Prefix, plain_law
 
-Floats = NDArray[np.float64]
-Prefix = tuple[int, ...]
 V, GAMMA = 6, 3
 FAULTS = (
     "draft taken by argmax, verified by its softmax",
@@ -78,22 +76,6 @@ class Toy:
 
     def q(self, prefix: Prefix, **asked: Any) -> Floats:
         return np.array(law(self.logits("q", prefix), output=prefix, **asked))
-
-
-Law = Callable[[Prefix], Floats]
-
-
-def plain_law(law: Law, length: int = GAMMA + 1, prefix: Prefix = ()) -> Floats:
-    """Joint law [V] * length of the tokens after ``prefix``, drawn one by one."""
-    if length == 0:
-        return np.ones(())
-    p = law(prefix)
-    shape = (len(p),) * (length - 1)
-    rows = [
-        p[x] * plain_law(law, length - 1, (*prefix, x)) if p[x] > 0 else np.zeros(shape)
-        for x in range(len(p))
-    ]
-    return np.stack(rows)
 
 
 Outcome = tuple[float, Prefix, Floats]  # chance, tokens that stand, law of the one after them

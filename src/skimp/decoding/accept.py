@@ -87,11 +87,15 @@ class Block:
 RULES: Final[dict[RuleName, Rule]] = {"block": Block(), "chain": Chain()}
 
 
+def left_of(weights: Tensor, laws: Tensor, shares: Tensor) -> Tensor:
+    """(c p - q)+, float64 [N, V]. ``weights`` are p and ``laws`` q [N, V]; ``shares`` c [N]."""
+    return (weights * shares[:, None]).sub_(laws).clamp_(min=0.0)
+
+
 def ends_after(weights: Tensor, laws: Tensor, shares: Tensor) -> Tensor:
-    """What the token after a refusal is drawn from: (c p - q)+, float64 [N, V], or p where nothing
-    is left of it (p = q to the last bit). ``weights`` are p and ``laws`` q [N, V]; ``shares`` [N].
-    """
-    left = (weights * shares[:, None]).sub_(laws).clamp_(min=0.0)
+    """What the token after a refusal is drawn from: :func:`left_of`, or p where nothing is left
+    (p = q to the last bit)."""
+    left = left_of(weights, laws, shares)
     empty = left.sum(dim=-1) <= 0.0
     return torch.where(empty[:, None], weights, left)
 
@@ -197,7 +201,7 @@ class RatioTest:
         shares = [self._rule.shares(one) for one in by_block]
         flat = np.concatenate([one[:-1] for one in shares])
         share = torch.from_numpy(flat).to(device)
-        left = (p * share[:, None]).sub_(laws).clamp_(min=0.0).sum(dim=-1).cpu().numpy()
+        left = left_of(p, laws, share).sum(dim=-1).cpu().numpy()
         keys = [row.key for row in rows]
         starts = [row.position for row in rows]
         kept = []

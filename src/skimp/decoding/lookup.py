@@ -28,7 +28,7 @@ class _Index:
         for end in range(max(self._read, SHORTEST), len(tokens)):
             for size in range(SHORTEST, min(LONGEST, end) + 1):
                 ends[tuple(tokens[end - size : end])] = end
-        self._read = max(self._read, len(tokens))
+        self._read = len(tokens)
 
     def find(self, tokens: Sequence[int]) -> int | None:
         """The place after the last earlier occurrence of the longest end of ``tokens``."""

@@ -89,18 +89,23 @@ def uniform(key: int, position: int, purpose: Purpose, lead: int = 0) -> float:
 
 
 def uniforms(
-    keys: Sequence[int], positions: Sequence[int], purpose: Purpose, lead: int = 0
+    keys: Sequence[int],
+    positions: Sequence[int],
+    purpose: Purpose,
+    leads: Sequence[int] | None = None,
 ) -> NDArray[np.float64]:
-    """:func:`uniform` for [N] keys and positions; returns [N]. Equal to it bit for bit."""
+    """:func:`uniform` for [N] keys, positions and leads (None: 0); returns [N]. Equal to it bit for
+    bit."""
+    leads = [0] * len(keys) if leads is None else leads
     if len(keys) < _VECTOR_FROM:
-        pairs = zip(keys, positions, strict=True)
-        return np.array([uniform(k, p, purpose, lead) for k, p in pairs], dtype=np.float64)
+        rows = zip(keys, positions, leads, strict=True)
+        return np.array([uniform(k, p, purpose, lead) for k, p, lead in rows], dtype=np.float64)
     key = np.array(keys, dtype=np.uint64)
     position = np.array(positions, dtype=np.uint64)
     counters = np.zeros((len(keys), 4), dtype=np.uint32)
     low, shift = np.uint64(_MASK), np.uint64(32)
     counters[:, 0], counters[:, 1] = position & low, position >> shift
-    counters[:, 2], counters[:, 3] = int(purpose), lead
+    counters[:, 2], counters[:, 3] = int(purpose), leads
     words = philox4x32_many(counters, np.stack([key & low, key >> shift], 1).astype(np.uint32))
     w0, w1 = words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)
     mixed = (w0 >> np.uint64(5)) * np.uint64(67108864) + (w1 >> np.uint64(6))

@@ -55,20 +55,6 @@ class _Seq:
         self.flying: Flying | None = None  # it never is: the host sees every guess
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A part of a step, as a runner reads it."""
-
-    seq: _Seq
-    start: int
-    num_tokens: int
-    num_logits: int
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.seq.tokens[self.start : self.start + self.num_tokens]
-
-
 @dataclass
 class _Guess:
     """A draft in the making."""
@@ -78,6 +64,24 @@ class _Guess:
     tokens: list[int] = field(default_factory=list)
     laws: list[Tensor] = field(default_factory=list)
     done: bool = False
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A part of a step, as a runner reads it."""
+
+    guess: _Guess
+    start: int
+    num_tokens: int
+    num_logits: int
+
+    @property
+    def seq(self) -> _Seq:
+        return self.guess.seq
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.seq.tokens[self.start : self.start + self.num_tokens]
 
 
 class DraftModel:
@@ -99,7 +103,7 @@ class DraftModel:
             draft_rule=None,
             overlap=False,
         )
-        self.served = ServedModel(decoder, own, max_logits=max(options.max_batch, 1))
+        self.served = ServedModel(decoder, own, max_logits=options.max_batch)
         self._coupled = coupled
         self._known: dict[Hashable, _Seq] = {}
 
@@ -110,7 +114,7 @@ class DraftModel:
             work = self._next_rows(active)
             logits = self.served.runner.run(work)
             with self.served.runner.sampling_threads():
-                self._draw(active, work, logits)
+                self._draw(work, logits)
             active = [guess for guess in active if not guess.done]
         return [EMPTY if guess is None else _draft(guess) for guess in guesses]
 
@@ -146,58 +150,51 @@ class DraftModel:
 
     def _next_rows(self, active: Sequence[_Guess]) -> list[_Rows]:
         """As many of the tokens that wait as a step takes, the first sequences first."""
-        work, budget = [], self.served.max_rows
+        work, budget = [], self.served.runner.buffers.max_rows
         for guess in active:
             seq = guess.seq
             start = seq.cache.length + seq.written
             count = min(len(seq.tokens) - start, budget)
             if count:
                 whole = start + count == len(seq.tokens)
-                work.append(_Rows(seq, start, count, int(whole)))
+                work.append(_Rows(guess, start, count, int(whole)))
                 budget -= count
         return work
 
-    def _draw(self, active: Sequence[_Guess], work: Sequence[_Rows], logits: Tensor) -> None:
+    def _draw(self, work: Sequence[_Rows], logits: Tensor) -> None:
         """A token more for each sequence whose last token was computed."""
-        by_seq = {id(guess.seq): guess for guess in active}
         for rows in work:
             rows.seq.written += rows.num_tokens
-        drawing = [by_seq[id(rows.seq)] for rows in work if rows.num_logits]
+        drawing = [rows.guess for rows in work if rows.num_logits]
         if not drawing:
             return
         views = [guess.ask.row.drafted(guess.tokens) for guess in drawing]
         processed = process(logits, views)
         tokens = processed.best.tolist()
-        laws: dict[int, Tensor] = {}
-        if processed.weights is not None:
-            sampled = processed.sampled
+        weights, sampled = processed.weights, processed.sampled
+        if weights is not None:
             numbers = self._numbers([drawing[i] for i in sampled])
-            device = processed.weights.device
-            found = draw(processed.weights, torch.from_numpy(numbers).to(device)).tolist()
-            normal = processed.weights / processed.weights.sum(dim=-1, keepdim=True)
-            for place, (i, token) in enumerate(zip(sampled, found)):
+            found = draw(weights, torch.from_numpy(numbers).to(weights.device)).tolist()
+            for i, token in zip(sampled, found):
                 tokens[i] = token
-                laws[i] = normal[place]
+            if not self._coupled:
+                for i, law in zip(sampled, weights / weights.sum(dim=-1, keepdim=True)):
+                    drawing[i].laws.append(law)
         for i, guess in enumerate(drawing):
             if processed.errors[i] is not None:
                 guess.done = True
                 continue
             guess.tokens.append(tokens[i])
             guess.seq.tokens.append(tokens[i])
-            if i in laws and not self._coupled:
-                guess.laws.append(laws[i])
             guess.done = len(guess.tokens) == guess.ask.most
 
     def _numbers(self, guesses: Sequence[_Guess]) -> NDArray[np.float64]:
-        found = np.empty(len(guesses))
-        leads = [0 if self._coupled else len(guess.tokens) for guess in guesses]
-        purpose = Purpose.SAMPLE if self._coupled else Purpose.DRAFT
-        for lead in set(leads):
-            which = [i for i, own in enumerate(leads) if own == lead]
-            keys = [guesses[i].ask.row.key for i in which]
-            positions = [guesses[i].ask.row.position + len(guesses[i].tokens) for i in which]
-            found[which] = uniforms(keys, positions, purpose, lead)
-        return found
+        keys = [guess.ask.row.key for guess in guesses]
+        leads = [len(guess.tokens) for guess in guesses]
+        positions = [guess.ask.row.position + lead for guess, lead in zip(guesses, leads)]
+        if self._coupled:
+            return uniforms(keys, positions, Purpose.SAMPLE)
+        return uniforms(keys, positions, Purpose.DRAFT, leads)
 
 
 def _draft(guess: _Guess) -> Draft:

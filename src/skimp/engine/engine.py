@@ -60,9 +60,8 @@ class Engine:
             raise OptionError("draft_tokens: nothing is guessed unless speculate says how")
         drafts = 0 if plain else options.longest_draft
         lines = options.max_batch * (1 + drafts)
-        served = ServedModel(
-            decoder, options, max_logits=max(options.max_batch, 128, min(lines, MOST_LOGITS))
-        )
+        max_logits = max(options.max_batch, 128, min(lines, MOST_LOGITS))
+        served = ServedModel(decoder, options, max_logits=max_logits)
         self.spec, self.tokenizer, self.options = decoder.spec, tokenizer, options
         self.decoder, self.dtype, self.work = decoder, served.dtype, served.work
         self.cache, self.runner = served.cache, served.runner
@@ -77,7 +76,7 @@ class Engine:
             draft_tokens=drafts,
             token_budget=options.step_tokens,
             max_batch=options.max_batch,
-            max_logits=served.max_logits,
+            max_logits=max_logits,
         )
         # Guesses follow from tokens that the host has seen.
         self._overlap = options.overlaps and proposer is None
@@ -382,8 +381,9 @@ class Engine:
         rows = [seq.sampling for draw in draws for seq in draw.samples]
         drafts = [draw.item.draft for draw in draws for _ in draw.samples]
         accepted = self._acceptor.accept(_select(flight.logits, lines), rows, drafts)
-        for draft, gain in zip(drafts, accepted if self.scheduler.proposer else ()):
-            self.speculation.count(len(draft.tokens), len(gain.tokens) - (gain.error is None))
+        if self.scheduler.proposer is not None:
+            for draft, gain in zip(drafts, accepted):
+                self.speculation.count(len(draft.tokens), len(gain.tokens) - (gain.error is None))
         return outputs + self._gain(draws, iter(accepted), committed=False)
 
     def _samples(self, seq: Sequence) -> list[Sequence]:

@@ -25,7 +25,6 @@ class ServedModel:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise OptionError("device: cuda is not available to this PyTorch on this machine")
         self.decoder, self.spec, self.dtype = decoder, decoder.spec, decoder.dtype
-        self.max_logits = max_logits
         dtype = str(decoder.dtype).removeprefix("torch.")
         specs = cache_specs(
             decoder.spec,
@@ -45,11 +44,10 @@ class ServedModel:
         except ValueError as error:
             raise OptionError(f"cache_bytes: {error}") from error
         self.cache = CacheManager(layout, arena, enable_prefix=options.prefix_cache)
-        self.max_rows = max(options.step_tokens, options.max_batch)
         buffers = StepBuffers(
             layout,
             arena,
-            max_rows=self.max_rows,
+            max_rows=max(options.step_tokens, options.max_batch),
             max_seqs=options.max_batch,
             max_logits=max_logits,
             max_context=self.max_context,

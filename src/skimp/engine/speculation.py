@@ -52,8 +52,7 @@ class SpeculationStats:
     """Counts over all steps of sequences that drew tokens.
 
     ``steps``: with a guess or without; ``drafted[i]``, ``accepted[i]``: guesses at place i of a
-    draft, and those of them that
-    were accepted.
+    draft, and those of them that were accepted.
     """
 
     steps: int = 0

@@ -6,6 +6,7 @@ G key-value heads, K numbers of a key, V of a value.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from typing import Final
@@ -36,27 +37,15 @@ def attend_whole(
 ) -> Tensor:
     """Causal attention of each sequence over itself [R, H, V]; differentiable. ``starts``: first
     row of each sequence, then R. On a GPU sequences of similar lengths are computed together."""
-    if q_RHK.device.type == "cpu":
-        return _attend_in_turn(q_RHK, k_RGK, v_RGV, starts, scale=scale, window=window)
-    with sdpa_kernel(BACKENDS):
-        attend = attend_padded if len(starts) > 2 else _attend_in_turn
-        return attend(q_RHK, k_RGK, v_RGV, starts, scale=scale, window=window)
-
-
-def _attend_in_turn(
-    q_RHK: Tensor,
-    k_RGK: Tensor,
-    v_RGV: Tensor,
-    starts: tuple[int, ...],
-    *,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    outs = []
-    for part in zip(*(x.tensor_split(starts[1:-1]) for x in (q_RHK, k_RGK, v_RGV))):
-        q, k, v = (x[None] for x in part)
-        outs.append(_attend(q, k, v, scale=scale, window=window)[0])
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    on_gpu = q_RHK.device.type != "cpu"
+    with sdpa_kernel(BACKENDS) if on_gpu else contextlib.nullcontext():
+        if on_gpu and len(starts) > 2:
+            return attend_padded(q_RHK, k_RGK, v_RGV, starts, scale=scale, window=window)
+        outs = []
+        for part in zip(*(x.tensor_split(starts[1:-1]) for x in (q_RHK, k_RGK, v_RGV))):
+            q, k, v = (x[None] for x in part)
+            outs.append(_attend(q, k, v, scale=scale, window=window)[0])
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def attend_padded(
