@@ -55,6 +55,7 @@ class StepInputs:
     arena: Tensor | None = None  # uint8, the cache arena
     block_tables: tuple[Tensor, ...] = ()  # per group int32 [S, pages]: page address / 64 bytes
     bounds: StepBounds | None = None  # for backends that may not look at the tensors
+    features: Tensor | None = None  # float32 [R, D]: what a draft head's rows go on from
 
     def to(self, device: torch.device) -> StepInputs:
         """The same step with its small tensors on ``device``; the arena stays where it is."""
