@@ -26,9 +26,15 @@ from skimp.engine.reading import KeepLogits, PromptReader, Scores, ScoreTokens
 from skimp.engine.request import Flying, Request, RequestOutput, Sequence
 from skimp.engine.scheduler import Scheduler, Work
 from skimp.engine.served import ServedModel
-from skimp.engine.speculation import SpeculationStats, make_acceptor, make_proposer
+from skimp.engine.speculation import (
+    SpeculationStats,
+    find_head,
+    make_acceptor,
+    make_proposer,
+)
 from skimp.errors import OptionError, RequestError
 from skimp.model.decoder import Decoder
+from skimp.model.draft_head import DraftHead
 from skimp.model.loading import load_decoder
 from skimp.model.locate import locate_model
 from skimp.text.tokenizer import Tokenizer
@@ -53,7 +59,10 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         proposer: Proposer | None = None,
+        draft_head: DraftHead | None = None,
     ) -> None:
+        """``proposer`` and ``draft_head`` (not bound, either) take the place of those that the
+        options would name."""
         options = options or EngineOptions()
         plain = options.speculate == "none" and proposer is None
         if plain and options.draft_tokens is not None:
@@ -61,13 +70,16 @@ class Engine:
         drafts = 0 if plain else options.longest_draft
         lines = options.max_batch * (1 + drafts)
         max_logits = max(options.max_batch, 128, min(lines, MOST_LOGITS))
-        served = ServedModel(decoder, options, max_logits=max_logits)
+        head = find_head(options, decoder, draft_head)
+        served = ServedModel(
+            decoder, decoder.spec, options, max_logits=max_logits, guessed_rows=1 + drafts
+        )
         self.spec, self.tokenizer, self.options = decoder.spec, tokenizer, options
         self.decoder, self.dtype, self.work = decoder, served.dtype, served.work
         self.cache, self.runner = served.cache, served.runner
         self.max_context, self.backend_name = served.max_context, served.backend_name
         if proposer is None:
-            proposer = make_proposer(options, self.spec, tokenizer)
+            proposer = make_proposer(options, decoder, served, tokenizer, head)
         elif options.speculate != "none":
             raise OptionError(f"speculate: {options.speculate} beside a proposer that was given")
         self.scheduler = Scheduler(
@@ -81,6 +93,8 @@ class Engine:
         # Guesses follow from tokens that the host has seen.
         self._overlap = options.overlaps and proposer is None
         self._flight: Flight | None = None  # launched, and not landed
+        # What the last step left for a draft head, of the tokens that it settled.
+        self._features: dict[Sequence, Tensor] = {}
         self._numbers = itertools.count()
         self._acceptor = make_acceptor(options)
         self.speculation = SpeculationStats()
@@ -273,7 +287,8 @@ class Engine:
             assert not waits, "requests wait, but none could be scheduled"
             return None
         try:
-            self.scheduler.add_drafts(work)
+            self.scheduler.add_drafts(work, self._features)
+            self._features = {}
             return self._start(work)
         except BaseException:
             self._roll_back(work)
@@ -299,13 +314,15 @@ class Engine:
 
     def _start(self, work: list[Work]) -> Flight:
         flight = Flight(next(self._numbers), work, self.runner.run(work))
-        line, alone = 0, self._overlap
+        line, row, alone = 0, 0, self._overlap
         for item in work:
             line += item.num_logits
+            row += item.num_tokens
             alone &= item.seq.request.next_row is None
             if item.reaches_end:
                 samples = self._samples(item.seq)
-                flight.draws.append(Draw(item, samples, line - 1 - len(item.draft.tokens)))
+                line_of = line - 1 - len(item.draft.tokens)
+                flight.draws.append(Draw(item, samples, line_of, row - item.num_tokens))
                 ahead = int(item.seq.flying is not None)
                 alone &= len(samples) == 1 and deferrable(item.seq.sampling, ahead)
         if alone:
@@ -408,6 +425,9 @@ class Engine:
                 assert seq.cache is not None
                 kept = item.num_known + len(gains[0][1]) - 1
                 self.cache.commit(seq.cache, kept, item.token_ids[:kept])
+                features = self.runner.backend.features()
+                if features is not None and len(draw.samples) == 1:
+                    self._features[seq] = features[draw.row : draw.row + kept]
                 for fork in draw.samples[1:]:
                     fork.cache = self.cache.fork(seq.cache)
                     request.sequences.append(fork)

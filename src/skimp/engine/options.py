@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from skimp.errors import OptionError
@@ -11,9 +11,10 @@ from skimp.model.spec import LatentAttentionSpec, ModelSpec
 
 Backend = Literal["auto", "native", "triton", "plain"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
-Speculate = Literal["none", "lookup", "suffix", "draft"]
+Speculate = Literal["none", "lookup", "suffix", "draft", "head"]
 DraftRule = Literal["block", "chain", "match"]
-LONGEST_DRAFT = {"none": 8, "lookup": 8, "suffix": 8, "draft": 4}
+LONGEST_DRAFT = {"none": 8, "lookup": 8, "suffix": 8, "draft": 4, "head": 4}
+BY_MODEL = ("draft", "head")  # ask ``draft_model``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,9 @@ class EngineOptions:
 
     ``speculate`` has tokens guessed that the model then checks several at a time: ``lookup`` copies
     what followed the same few tokens before, ``suffix`` what followed most often, in past answers
-    of the same salt too, ``draft`` asks ``draft_model``, a smaller model with the same tokens and a
-    cache on top of ``cache_bytes``. At most ``draft_tokens`` are guessed (None: 8, by a model 4).
+    of the same salt too, ``draft`` asks ``draft_model``, a smaller model with the same tokens,
+    ``head`` a head that was trained for this model (``skimp draft train``), both with a cache on
+    top of ``cache_bytes``. At most ``draft_tokens`` are guessed (None: 8, by a model or head 4).
     What is generated keeps its law; and where steps of one row and of several give the same bits
     every token, but for what a draft model guesses by ``draft_rule`` ``block`` or ``chain`` at a
     temperature above 0. ``match``, the rule of the deterministic mode, gives the tokens of plain
@@ -116,6 +118,20 @@ class EngineOptions:
         """The rule for guesses that a model drew."""
         return self.draft_rule or ("match" if self.deterministic else "block")
 
+    def for_draft(self, *, max_context: int, backend: Backend | None = None) -> EngineOptions:
+        """The options of a model that guesses for one with these."""
+        return replace(
+            self,
+            cache_bytes=None,
+            max_context=max_context,
+            backend=backend or self.backend,
+            speculate="none",
+            draft_tokens=None,
+            draft_model=None,
+            draft_rule=None,
+            overlap=False,
+        )
+
     @property
     def overlaps(self) -> bool:
         """Whether steps overlap, as chosen or as the device has it."""
@@ -129,11 +145,12 @@ class EngineOptions:
     def _check_drafts(self) -> None:
         if self.draft_rule is not None:
             self._check_choice("draft_rule", get_args(DraftRule))
-        if self.speculate == "draft" and not isinstance(self.draft_model, str):
-            raise OptionError("draft_model: speculate is draft, so which model?")
+        if self.speculate in BY_MODEL and not isinstance(self.draft_model, str):
+            raise OptionError(f"draft_model: speculate is {self.speculate}, so which one?")
         for name in ("draft_model", "draft_rule"):
-            if getattr(self, name) is not None and self.speculate != "draft":
-                raise OptionError(f"{name}: only with speculate draft, not {self.speculate}")
+            if getattr(self, name) is not None and self.speculate not in BY_MODEL:
+                listed = " or ".join(BY_MODEL)
+                raise OptionError(f"{name}: only with speculate {listed}, not {self.speculate}")
         if self.speculate != "none" and self.overlap:
             raise OptionError(
                 f"overlap: guesses follow from tokens that the host has seen, so with speculate "

@@ -9,7 +9,10 @@ back and is computed again later (preemption by recompute).
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from skimp.cache import CacheManager
 from skimp.decoding.proposal import EMPTY, Ask, Draft, Proposer
@@ -147,9 +150,10 @@ class Scheduler:
             logits -= item.num_logits
         return work
 
-    def add_drafts(self, work: list[Work]) -> None:
+    def add_drafts(self, work: list[Work], features: Mapping[Sequence, Tensor]) -> None:
         """Put guesses into what a step leaves of the budget, evenly: none takes the place of a
-        token that is to be computed, or a page that somebody has."""
+        token that is to be computed, or a page that somebody has. ``features``: see
+        :class:`~skimp.decoding.proposal.Ask`."""
         may = [i for i, item in enumerate(work) if _may_draft(item)]
         if self.proposer is None or not may:
             return
@@ -160,7 +164,7 @@ class Scheduler:
         for i in may:
             most = min(share, work[i].seq.tokens_left - 1)
             if most > 0:
-                asks[i] = _ask(work[i].seq, most)
+                asks[i] = _ask(work[i].seq, most, features.get(work[i].seq))
         if not asks:
             return
         drafts = self.proposer.propose(list(asks.values()))
@@ -203,7 +207,7 @@ def _may_draft(item: Work) -> bool:
     return item.reaches_end and seq.places == 1 and free
 
 
-def _ask(seq: Sequence, most: int) -> Ask:
+def _ask(seq: Sequence, most: int, features: Tensor | None) -> Ask:
     return Ask(
         key=seq,
         tokens=seq.tokens,
@@ -211,4 +215,5 @@ def _ask(seq: Sequence, most: int) -> Ask:
         most=most,
         row=seq.sampling,
         salt=seq.request.salt,
+        features=features,
     )

@@ -8,12 +8,40 @@ from skimp.decoding.accept import RULES, DrawAndCompare, RatioTest
 from skimp.decoding.proposal import Acceptor, Proposer
 from skimp.decoding.sampler import Sampler
 from skimp.engine.options import EngineOptions
+from skimp.engine.served import ServedModel
+from skimp.errors import OptionError
+from skimp.model.decoder import Decoder
+from skimp.model.draft_head import DraftHead
+from skimp.model.locate import locate_model
 from skimp.model.spec import ModelSpec
 from skimp.text.tokenizer import Tokenizer
 
 
+def find_head(
+    options: EngineOptions, decoder: Decoder, given: DraftHead | None
+) -> DraftHead | None:
+    """The head that the options name, or that was ``given``; ``decoder``, not bound yet, will leave
+    what it goes on from. Raises ``SkimpError`` for one that does not fit."""
+    if options.speculate != "head":
+        if given is not None:
+            raise OptionError(f"speculate: {options.speculate} beside a draft head that was given")
+        return None
+    if given is None:
+        from skimp.draft import read_head
+
+        assert options.draft_model is not None
+        given = read_head(locate_model(options.draft_model), decoder.spec)
+    head = given.to(decoder.dtype)
+    decoder.fusion = head.fusion
+    return head
+
+
 def make_proposer(
-    options: EngineOptions, spec: ModelSpec, tokenizer: Tokenizer | None
+    options: EngineOptions,
+    decoder: Decoder,
+    served: ServedModel,
+    tokenizer: Tokenizer | None,
+    head: DraftHead | None,
 ) -> Proposer | None:
     """None for plain generation. Raises ``SkimpError`` for a draft model that does not fit."""
     if options.speculate == "lookup":
@@ -25,7 +53,12 @@ def make_proposer(
 
         return Suffix()
     if options.speculate == "draft":
-        return _draft_model(options, spec, tokenizer)
+        return _draft_model(options, decoder.spec, tokenizer)
+    if head is not None:
+        from skimp.engine.draft_head import HeadProposer
+
+        coupled = options.accepts_by == "match"
+        return HeadProposer(head, decoder, served, options, coupled=coupled)
     return None
 
 
@@ -37,7 +70,6 @@ def make_acceptor(options: EngineOptions) -> Acceptor:
 def _draft_model(options: EngineOptions, spec: ModelSpec, tokenizer: Tokenizer | None) -> Proposer:
     from skimp.engine.draft_model import DraftModel, require_same_tokens
     from skimp.model.loading import load_decoder
-    from skimp.model.locate import locate_model
 
     name = options.draft_model
     assert name is not None
