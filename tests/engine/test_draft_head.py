@@ -138,7 +138,9 @@ def test_compared_guesses_change_nothing(words: int | None, backend: str) -> Non
 
 def test_the_whole_engine_keeps_the_law() -> None:
     small = dataclasses.replace(tiny_spec((None, 4)), vocab_size=6)
-    options = EngineOptions(max_batch=64, cache_bytes=32 << 20, prefix_cache=False, threads=1)
+    options = EngineOptions(
+        max_batch=64, cache_bytes=32 << 20, prefix_cache=False, threads=1, draft_control=False
+    )
     prompt = [1, 2, 3]
     law = plain_law(law_after(Engine(tiny_decoder(small), None, options), prompt), 3)
     engine, _ = with_head(options, small, words=5)
