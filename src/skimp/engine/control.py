@@ -16,7 +16,6 @@ A length follows from steps that have ended, not from the guesses that it is for
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Hashable, Sequence
 
@@ -29,6 +28,7 @@ PRIOR_STANDS, PRIOR_COUNT = 0.7, 2.0  # before anything is known
 PRIOR_SLOPE = 0.15  # of a guessed row, in plain steps
 LOSS = 0.01  # that trying may cost
 MOST_STEPS_APART, LEAST_STEPS_APART = 1024, 16  # of tries
+BESIDE = 12  # steps from one of another length to the next
 GAIN_TO_BEGIN = 1.02  # hysteresis: guessing begins above this gain, and ends below 1
 GAIN_TO_ASK = 0.8  # what is predicted above this, of steps not done yet, is tried at once
 
@@ -38,9 +38,13 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._times: dict[int, deque[float]] = {}
+        self._medians: dict[int, float] = {}
 
     def add(self, rows: int, seconds: float) -> None:
-        self._times.setdefault(rows, deque(maxlen=SAMPLES)).append(seconds)
+        times = self._times.setdefault(rows, deque(maxlen=SAMPLES))
+        times.append(seconds)
+        ordered, count = sorted(times), len(times)
+        self._medians[rows] = (ordered[(count - 1) // 2] + ordered[count // 2]) / 2
 
     def samples(self, rows: int) -> int:
         return len(self._times.get(rows, ()))
@@ -52,7 +56,7 @@ class StepTimes:
 
     def medians(self) -> list[tuple[int, float]]:
         """(rows, seconds), in order of the rows."""
-        return sorted((rows, statistics.median(times)) for rows, times in self._times.items())
+        return sorted(self._medians.items())
 
 
 class LengthControl:
@@ -67,6 +71,7 @@ class LengthControl:
         self._asked = self._made = 1.0
         self._own: dict[Hashable, tuple[float, float]] = {}  # guesses judged, and those that stood
         self._on: dict[int, bool] = {}
+        self._steps = 0  # that guessed
         self._since = 0  # steps since the other way was tried
         self._plain_left = 0  # steps of a try that are still to come
 
@@ -91,11 +96,19 @@ class LengthControl:
             return best
         loss = self._plain_steps * (gain - 1.0) if on else expected * (1.0 / gain - 1.0)
         if self._since < min(max(loss / LOSS, LEAST_STEPS_APART), MOST_STEPS_APART):
-            return best if on else 0
+            return self._about(best) if on else 0
         self._since = 0
         if on:
             self._plain_left = self._plain_steps - 1
         return 0 if on else best
+
+    def _about(self, best: int) -> int:
+        """``best`` and, now and then, a length beside it: one unlucky time must not rule it out."""
+        self._steps += 1
+        if self._steps % BESIDE:
+            return best
+        longer = self._steps % (2 * BESIDE) == 0
+        return min(best + 1, self._longest) if longer else max(best - 1, 1)
 
     def rests(self, key: Hashable) -> bool:
         """Whether a sequence's own guesses hardly ever stand, while others' do."""
