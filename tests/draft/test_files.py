@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,9 +207,7 @@ DAMAGED: list[tuple[Callable[[Tensors], Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), DAMAGED, ids=[m for _, m in DAMAGED])
-def test_tensors_refused(
-    directory: Path, change: Callable[[Tensors], Any], message: str
-) -> None:
+def test_tensors_refused(directory: Path, change: Callable[[Tensors], Any], message: str) -> None:
     rewrite(directory, change)
     with pytest.raises(CheckpointError, match=message):
         read_head(directory, TARGET)
@@ -240,4 +237,4 @@ def test_only_heads_are_overwritten(directory: Path, tmp_path: Path) -> None:
     (other / "diary.txt").write_text("dear diary")
     with pytest.raises(SkimpError, match="is not a draft head, and so is not overwritten"):
         write_head(other, head, overwrite=True)
-    assert sorted(os.listdir(tmp_path)) == ["head", "other"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head", "other"]

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skimp.draft.files import default_taps, empty_head
 from skimp.draft.options import TrainOptions
 from skimp.errors import OptionError
-from skimp.model.decoder import Decoder
+from skimp.model.decoder import Decoder, DecoderLayer
 from skimp.model.draft_head import HeadSpec
+from skimp.model.ffn import GatedFFN
+from skimp.model.layers import Linear
+from skimp.model.mixers.attention import Attention
 from skimp.model.spec import AttentionSpec, GatedFFNSpec, ModelSpec, RopeSpec
 
-# Of the standard deviation that keeps a product's size: what is added to the stream begins small.
+# Of the standard deviation that keeps a product's size: what is added to the stream begins small,
+# and so do the shallower taps and the tokens beside a feature that a lent layer knows to read.
 ADDED: Final = 0.5
+SHALLOW: Final = 0.05
+BESIDE: Final = 0.3
 USUAL_HEAD_DIM: Final = 128
 KEPT_SCALINGS: Final = (None, "linear", "llama3", "yarn")
 
@@ -92,35 +99,59 @@ def choose_words(docs: Sequence[np.ndarray], vocab_size: int, words: int | None)
 def start_tensors(spec: HeadSpec, target: Decoder, words: Tensor, seed: int) -> dict[str, Tensor]:
     """First weights, in the spec's dtype on the CPU. The output matrix is the target's rows, its
     logits' scale included, behind the target's last norm; the feature is the stream at the deepest
-    tap; all else is drawn."""
+    tap; the layer is the target's last one if it is of this shape; all else is drawn."""
     dtype = getattr(torch, spec.dtype)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
-    deepest = f"fusion.parts.{len(spec.taps) - 1}.weight"
     for name, parameter in empty_head(spec).named_parameters():
-        if name == "norm.weight":
-            tensor = target.norm.factor().cpu()
-        elif name == "lm_head.weight":
-            tensor = _output_rows(target, words) * target.spec.logit_scale
-        elif parameter.dim() == 1:
-            tensor = torch.ones(parameter.shape)
-        else:
-            deviation = parameter.shape[1] ** -0.5
-            if name.startswith(("o_proj", "ffn.down_proj", "fusion.")):
-                deviation *= ADDED
-            tensor = torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator)
-            if name == deepest:
-                tensor = torch.eye(spec.hidden_size)
-            elif name.startswith("fusion."):
-                tensor *= 0.1
-        found[name] = tensor.to(dtype)
+        if parameter.dim() == 1:
+            found[name] = torch.ones(parameter.shape)
+            continue
+        deviation = parameter.shape[1] ** -0.5
+        if name.startswith(("o_proj", "ffn.down_proj")):
+            deviation *= ADDED
+        elif name.startswith("fusion."):
+            deviation *= SHALLOW
+        found[name] = torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator)
+    found[f"fusion.parts.{len(spec.taps) - 1}.weight"] = torch.eye(spec.hidden_size)
+    found["norm.weight"] = target.norm.factor()
+    found["lm_head.weight"] = _rows(target.head, words) * target.spec.logit_scale
+    lent = _lent(spec, target)
+    if "feature_qkv.0.weight" in lent:
+        for i in range(3):
+            found[f"embed_qkv.{i}.weight"] *= BESIDE
+    return {name: tensor.cpu().to(dtype) for name, tensor in {**found, **lent}.items()}
+
+
+def _lent(spec: HeadSpec, target: Decoder) -> dict[str, Tensor]:
+    """What the target's last layer can give a head of this shape: as it has learned to turn such a
+    stream into the next token, a head begins far ahead of a random one."""
+    layer = target.layers[-1]
+    assert isinstance(layer, DecoderLayer)
+    if layer.spec.post_norms or layer.spec.residual_scale != 1.0:
+        return {}
+    found: dict[str, Tensor] = {}
+    own = layer.mixer.spec if isinstance(layer.mixer, Attention) else None
+    if own is not None and replace(own, window=None, rope=None) == replace(spec.mixer, rope=None):
+        assert isinstance(layer.mixer, Attention)
+        matrices = [layer.mixer.q_proj, layer.mixer.k_proj, layer.mixer.v_proj]
+        for i, linear in enumerate(matrices):
+            found[f"feature_qkv.{i}.weight"] = _rows(linear)
+        found["o_proj.weight"] = _rows(layer.mixer.o_proj)
+        found["feature_norm.weight"] = layer.mixer_norm.factor()
+    if isinstance(layer.ffn, GatedFFN) and layer.ffn.spec == spec.ffn:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            found[f"ffn.{name}.weight"] = _rows(layer.ffn.get_submodule(name))
+        found["ffn_norm.weight"] = layer.ffn_norm.factor()
     return found
 
 
-def _output_rows(target: Decoder, words: Tensor) -> Tensor:
-    """float32 [W, D]"""
-    head = target.head
-    if head.quantized is not None:
-        return head.quantized.rows(words).dequantize().float().cpu()
-    assert head.weight is not None
-    return head.weight.detach()[words.to(head.weight.device)].float().cpu()
+def _rows(linear: nn.Module, rows: Tensor | None = None) -> Tensor:
+    """float32 [N, K], or those ``rows`` of it."""
+    assert isinstance(linear, Linear)
+    if linear.quantized is not None:
+        chosen = linear.quantized if rows is None else linear.quantized.rows(rows)
+        return chosen.dequantize().float()
+    assert linear.weight is not None
+    weight = linear.weight.detach()
+    return (weight if rows is None else weight[rows.to(weight.device)]).float()

@@ -6,7 +6,6 @@ much as the head's own steps, and states of three depths would take kilobytes a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -310,9 +309,7 @@ class Trainer:
     # ---- measuring ------------------------------------------------------------------------
 
     def _add_row(self, step: int, lr: float, losses: Sequence[float], tell: Tell) -> None:
-        self._report = report = self._measure()
-        if not math.isfinite(sum(report.accepted)):
-            raise ShrinkError(f"lr: the head fell apart by step {step}; lower it")
+        self._report = report = self._measure(step)
         tokens = step * self._options.batch
         row = {
             "step": step,
@@ -326,8 +323,8 @@ class Trainer:
         shares = " ".join(f"{a:.3f}" for a in report.accepted)
         tell(f"{tokens:,} tokens: {loss}accepted {shares}, {report.drawn:.2f} tokens a step")
 
-    def _measure(self) -> Report:
-        """On the held-out text."""
+    def _measure(self, step: int) -> Report:
+        """On the held-out text. Raises ShrinkError if the head has fallen apart."""
         options = self._options
         tables: list[np.ndarray] = []
         with torch.no_grad():
@@ -336,6 +333,8 @@ class Trainer:
                 if found is None:
                     continue
                 judged, guesses, at = found
+                if not bool(judged.accepted.isfinite().all()):
+                    raise ShrinkError(f"lr: the head fell apart by step {step}; lower it")
                 table = np.full((2, len(at.rows), options.unroll), np.nan)
                 row = np.searchsorted(at.rows, guesses.target_rows - guesses.steps)
                 table[0, row, guesses.steps] = judged.accepted.cpu().numpy()
