@@ -167,7 +167,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"eagle_config": {"parallel_draft_step": 4}}, r"eagle_config.parallel_draft_step=4 is not"),
     ({"eagle_config": {"mystery": 4}}, r"eagle_config.mystery=4 is not supported"),
     ({"eagle_aux_hidden_state_layer_ids": [3, 1]}, r"\[3, 1\]: layers in order"),
-    ({"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}, r"must be between 0 and 3, got 4"),
+    ({"eagle_aux_hidden_state_layer_ids": [0, 2, 5]}, r"must be between 0 and 4, got 5"),
     ({"eagle_aux_hidden_state_layer_ids": "all"}, r"must be a list of layers, got 'all'"),
     ({"eagle_aux_hidden_state_layer_ids": ..., "eagle_config": {}}, r"a target of 4 layers has no"),
     ({"rope_scaling": {"rope_type": "mystery"}}, r"rope_scaling.rope_type='mystery'"),

@@ -88,8 +88,8 @@ def test_other_ways(model: Path, tmp_path: Path, changes: dict[str, Any]) -> Non
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layers": None}, r"layers: a target of 2 layers has no default"),
-    ({"layers": (1, 0)}, r"layers: 1,0: name layers in order, of 0 to 1"),
-    ({"layers": (0, 2)}, r"layers: 0,2: name layers in order"),
+    ({"layers": (1, 0)}, r"layers: 1,0: name layers in order, of 0 to 2"),
+    ({"layers": (0, 3)}, r"layers: 0,3: name layers in order"),
     ({"vocabulary": 300}, r"vocabulary: 300 words, and the target has 260"),
     ({"length": 300, "batch": 512}, r"length: 300 tokens, and the model has 256 positions"),
     ({"kv_heads": 3}, r"kv_heads: 3 do not divide 4 heads"),

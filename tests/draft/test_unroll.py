@@ -31,7 +31,8 @@ def _documents(*lengths: int) -> list[np.ndarray]:
 def _bound(decoder: Decoder, head: DraftHead, ops: PlainOps, cache: LayerCache | None) -> None:
     head.fusion.bind(ops)
     table = ops.pack((decoder.embed_tokens,), "table")
-    head.bind(ops, table=table, embed_scale=SCALE, cache=cache)
+    head.attach(table, SCALE)
+    head.bind(ops, caches=None if cache is None else [cache])
 
 
 def _one_by_one(

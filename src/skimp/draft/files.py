@@ -262,10 +262,10 @@ def _read_taps(read: ConfigReader, target: _Target) -> tuple[int, ...]:
     name, ids = (TAPS, outer) if outer is not None else (f"{EAGLE}.{TAPS}", inner)
     if not isinstance(ids, list) or not ids:
         raise read.refuse(f"{name} must be a list of layers, got {shown(ids)}")
-    taps = [read.check_integer(name, i, least=0, most=target.num_layers - 1) for i in ids]
+    taps = [read.check_integer(name, i, least=0, most=target.num_layers) for i in ids]
     if outer is None and taps[0] == 1:
         taps = [tap + 1 for tap in taps]
-    if sorted(set(taps)) != taps or taps[-1] >= target.num_layers:
+    if sorted(set(taps)) != taps or taps[-1] > target.num_layers:
         raise read.refuse(
             f"{name}={shown(ids)}: layers in order, of the target's {target.num_layers}"
         )

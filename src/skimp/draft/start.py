@@ -45,9 +45,9 @@ def head_spec(target: ModelSpec, options: TrainOptions, words: int) -> HeadSpec:
         raise OptionError(f"kv_heads: {groups} do not divide {heads} heads")
     inner = options.ffn or (ffns[0].intermediate_size if ffns else _usual_width(size))
     taps = options.layers or default_taps(target.num_layers)
-    if sorted(set(taps)) != list(taps) or not 0 <= taps[0] <= taps[-1] < target.num_layers:
+    if sorted(set(taps)) != list(taps) or not 0 <= taps[0] <= taps[-1] <= target.num_layers:
         given = ",".join(map(str, taps))
-        raise OptionError(f"layers: {given}: name layers in order, of 0 to {target.num_layers - 1}")
+        raise OptionError(f"layers: {given}: name layers in order, of 0 to {target.num_layers}")
     return HeadSpec(
         hidden_size=size,
         vocab_size=target.vocab_size,

@@ -214,12 +214,9 @@ class Trainer:
         self._head.token_ids = words.to(device)
         self._weights = Weights(self._head, start, start)
         self._head.fusion.bind(self._unrolled)
-        self._head.bind(
-            self._unrolled,
-            table=self._unrolled.pack((self._target.embed_tokens,), "table"),
-            embed_scale=spec.embed_scale,
-            max_positions=options.length + options.unroll,
-        )
+        table = self._unrolled.pack((self._target.embed_tokens,), "table")
+        self._head.attach(table, spec.embed_scale)
+        self._head.bind(self._unrolled, max_positions=options.length + options.unroll)
         decays = [options.decay**step for step in range(options.unroll)]
         self._step_weights = [d / sum(decays) / options.batch for d in decays]
         self._accepted = [0.0] * options.unroll  # in the last batch

@@ -74,6 +74,8 @@ def taps_and_states(
             if index in taps:
                 found.append(x_RD)
             x_RD = layer(x_RD, ops, step)
+        if len(target.layers) in taps:
+            found.append(x_RD)
     return found, x_RD
 
 
