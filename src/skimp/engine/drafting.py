@@ -179,6 +179,7 @@ class ModelProposer(ABC):
         once, for all tokens."""
         drawn = self.served.runner.buffers.drawn
         rounds: list[tuple[list[Guess], DeviceDraws]] = []
+        found: list[Tensor] = []
         work = self._next_rows(guesses)
         for lead in range(max(guess.ask.most for guess in guesses)):
             drawing = [guess for guess in guesses if guess.ask.most > lead]
@@ -189,20 +190,21 @@ class ModelProposer(ABC):
             rows = [guess.ask.row for guess in drawing]
             draws = draw_on_device(logits, rows, numbers, self._highest())
             drawn[: len(drawing)] = draws.tokens
+            # A copy: the next replay of a graph finds its maxima at the same place.
+            found.append(torch.stack((draws.tokens.float(), draws.top), 1))
             rounds.append((drawing, draws))
             for part in work:
                 part.seq.written += part.num_tokens
             for place, guess in enumerate(drawing):
                 guess.seq.flying = Flying(lead, place)
-        found = torch.cat([torch.stack((d.tokens.float(), d.top), 1) for _, d in rounds]).tolist()
-        place = 0
+        values, place = torch.cat(found).tolist(), 0
         for drawing, draws in rounds:
             laws = draws.weights
             if laws is not None and not self._coupled:
                 laws = laws / laws.sum(dim=-1, keepdim=True)
             of = dict(zip(draws.sampled, range(len(draws.sampled))))
             for i, guess in enumerate(drawing):
-                token, top = found[place + i]
+                token, top = values[place + i]
                 guess.done = guess.done or judge(top, top) is not None
                 if guess.done:
                     continue

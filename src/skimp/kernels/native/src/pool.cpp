@@ -23,6 +23,9 @@ constexpr size_t SCRATCH_BYTES = size_t{4} << 20;  // touched lazily
 constexpr size_t SHARED_BYTES = size_t{64} << 20;  // likewise
 constexpr int SPINS = 200;    // with pause: a few microseconds, about one small op
 constexpr int YIELDS = 400;   // then let neighbours run, still reacting within a microsecond or so
+// Between programs of one request the host takes some hundred microseconds: a thread that sleeps by
+// then is woken late.
+constexpr int YIELDS_BETWEEN = 4000;
 
 void cpu_relax() {
 #if defined(__x86_64__)
@@ -47,12 +50,12 @@ struct alignas(64) Flag {
     if (sleepers.load() > 0) value.notify_all();
   }
 
-  void wait_while(int32_t old) {
+  void wait_while(int32_t old, int yields = YIELDS) {
     for (int i = 0; i < SPINS; ++i) {
       if (now() != old) return;
       cpu_relax();
     }
-    for (int i = 0; i < YIELDS; ++i) {
+    for (int i = 0; i < yields; ++i) {
       if (now() != old) return;
       sched_yield();
     }
@@ -114,7 +117,7 @@ class Pool {
     if (tid == 0) return;  // the calling thread
     std::thread([this, member, tid] {
       for (int32_t seen = 0;; ++seen) {
-        member->start.wait_while(seen);
+        member->start.wait_while(seen, YIELDS_BETWEEN);
         work(tid);
       }
     }).detach();
