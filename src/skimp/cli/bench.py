@@ -223,7 +223,7 @@ def _bench_guesses(
     from skimp.cost.machine import busy_note
     from skimp.meter.calibrate import engine_hardware
     from skimp.meter.report import text_of
-    from skimp.meter.report.speculation import speculation_table
+    from skimp.meter.report.speculation import speculation_tables
 
     plain = guesses.Guessing(name=model, model=model, options=options)
     with progress_text(not (quiet or json_output)) as progress:
@@ -231,7 +231,7 @@ def _bench_guesses(
     if json_output:
         print_json({"speculation": [result.as_dict() for result in found]})
     else:
-        print(text_of([speculation_table(found)]))
+        print(text_of(speculation_tables(found)))
     if (warning := busy_note()) is not None:
         note(f"note: {warning}")
 

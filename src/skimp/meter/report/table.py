@@ -5,7 +5,7 @@ from __future__ import annotations
 from skimp.meter.cases import CACHE_BYTES
 from skimp.meter.price import Price, Row, TaskPrice, inside_noise
 from skimp.meter.report.grid import Table, bytes_text, markdown_of, text_of
-from skimp.meter.report.speculation import speculation_table
+from skimp.meter.report.speculation import speculation_tables
 from skimp.meter.tasks import TaskResult
 
 
@@ -61,7 +61,7 @@ def tables(price: Price) -> tuple[Table, ...]:
             + f"{largest}{first.hardware}"
         ),
     )
-    guesses = [speculation_table(price.speculation)] if price.speculation else []
+    guesses = speculation_tables(price.speculation) if price.speculation else ()
     scores = [_scores(rows)] if price.base.tasks else []
     return (loss, *scores, _sizes(rows), speed, *guesses)
 
