@@ -126,8 +126,8 @@ def measure(
     from skimp.meter.speculation import measure_speculation
 
     chosen, positions = choose(plain, guessing, asked)
-    for category, count in chosen.too_long.items():
-        note(f"note: {count} prompts of {category} are too long for {plain.model}, and left out")
+    for line in chosen.left_out:
+        note(f"note: left out: {line}")
 
     def load(one: Guessing) -> Engine:
         progress(f"loading {one.name}")

@@ -49,7 +49,15 @@ Group = Sequence[tuple[int, ...]]
 
 
 def tokens_needed(options: EngineOptions, new_tokens: int) -> int:
-    """Tokens that a sequence may have beyond its prompt: its answer's, or a script's."""
+    """Tokens that a sequence may have beyond its prompt: its answer's, or a script's. ValueError if
+    an answer may end before anything of it is timed."""
+    if options.speculate == "none":
+        return new_tokens
+    if new_tokens <= options.longest_draft + 1:
+        raise ValueError(
+            f"new_tokens: more than {options.longest_draft + 1}, as a step of {options.speculate} "
+            f"may give that many, not {new_tokens}"
+        )
     return max(new_tokens, _script_steps(options) + options.longest_draft + 1)
 
 
@@ -172,11 +180,6 @@ class _Tally:
 
 def _require_fit(engine: Engine, chosen: Chosen, batch: int, new_tokens: int, name: str) -> None:
     options = engine.options
-    if new_tokens <= options.longest_draft + 1:
-        raise ValueError(
-            f"new_tokens: more than {options.longest_draft + 1}, as {name} may have that many "
-            f"before anything is timed, not {new_tokens}"
-        )
     more = tokens_needed(options, new_tokens)
     if chosen.longest + more > engine.max_context:
         raise ValueError(

@@ -64,11 +64,11 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Token ids of the prompts of each category; how many of those looked at were too long."""
+    """Token ids of the prompts of each category, and a line for whatever was left out."""
 
     prompts: Mapping[str, tuple[tuple[int, ...], ...]]
-    too_long: Mapping[str, int]
     templated: bool  # some went through the model's chat template
+    left_out: tuple[str, ...] = ()
 
     @property
     def longest(self) -> int:
@@ -117,10 +117,11 @@ def choose_prompts(
     categories: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Chosen:
-    """``each`` prompts of every category (or of those named), drawn by ``seed`` among those of at
-    most ``most_tokens`` tokens.
+    """``each`` prompts of every category, drawn by ``seed`` among those of at most ``most_tokens``
+    tokens; a category that has fewer than ``least`` is left out.
 
-    Raises ``PromptFileError`` for a category that does not exist or has fewer than ``least``.
+    Raises ``PromptFileError`` for one of ``categories`` that does not exist or has fewer, and if
+    none is left.
     """
     by_category: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -129,30 +130,37 @@ def choose_prompts(
         if name not in by_category:
             raise PromptFileError(f"category: {name!r} is none of {', '.join(by_category)}")
     chosen: dict[str, tuple[tuple[int, ...], ...]] = {}
-    too_long: dict[str, int] = {}
+    left_out: list[str] = []
     for name in categories or by_category:
         own = by_category[name]
         found: list[tuple[int, ...]] = []
-        long = 0
+        too_long = 0
         for prompt in random.Random(seed).sample(own, len(own)):
             ids = prompt.encode(tokenizer)
-            if 0 < len(ids) <= most_tokens:
+            if len(ids) <= most_tokens:
                 found.append(tuple(ids))
             else:
-                long += 1
+                too_long += 1
             if len(found) == each:
                 break
-        if len(found) < least:
-            raise PromptFileError(
-                f"category: {name} has {len(found)} prompts of at most {most_tokens} tokens, and "
-                f"a batch needs {least}"
-            )
-        chosen[name], too_long[name] = tuple(found), long
-    used = (prompt for name in chosen for prompt in by_category[name])
+        if len(found) >= least:
+            chosen[name] = tuple(found)
+            if too_long:
+                left_out.append(f"{too_long} prompts of {name} exceed {most_tokens} tokens")
+            continue
+        few = (
+            f"{name} has {len(found)} prompts of at most {most_tokens} tokens; a batch has {least}"
+        )
+        if categories is not None:
+            raise PromptFileError(f"category: {few}")
+        left_out.append(few)
+    if not chosen:
+        raise PromptFileError(f"prompts: {'; '.join(left_out)}")
     return Chosen(
         prompts=chosen,
-        too_long={name: count for name, count in too_long.items() if count},
-        templated=tokenizer.chat_template is not None and any(p.turn for p in used),
+        templated=tokenizer.chat_template is not None
+        and any(prompt.turn for name in chosen for prompt in by_category[name]),
+        left_out=tuple(left_out),
     )
 
 
