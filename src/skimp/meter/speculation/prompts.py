@@ -148,9 +148,7 @@ def choose_prompts(
             if too_long:
                 left_out.append(f"{too_long} prompts of {name} exceed {most_tokens} tokens")
             continue
-        few = (
-            f"{name} has {len(found)} prompts of at most {most_tokens} tokens; a batch has {least}"
-        )
+        few = f"{name} has {len(found)} prompts of at most {most_tokens} tokens, not {least}"
         if categories is not None:
             raise PromptFileError(f"category: {few}")
         left_out.append(few)
