@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import torch
+
 from skimp.decoding.params import SamplingParams
 from skimp.model.decoder import Decoder
+from skimp.model.draft_head import DraftHead, HeadSpec
 from skimp.model.loading import random_decoder
 from skimp.model.spec import (
     AttentionSpec,
@@ -85,6 +88,41 @@ def tiny_decoder(spec: ModelSpec | None = None, seed: int = 0, dtype: str = "flo
         if parameter.dim() == 2:
             parameter.data.mul_(4.0)  # logits with some contrast
     return decoder
+
+
+def tiny_head(
+    spec: ModelSpec | None = None, *, words: int | None = None, seed: int = 7
+) -> DraftHead:
+    """A random draft head that guesses ``words`` of the model's tokens, or all."""
+    spec = spec or tiny_spec()
+    draw = torch.Generator().manual_seed(seed)
+    head = DraftHead(
+        HeadSpec(
+            hidden_size=spec.hidden_size,
+            vocab_size=spec.vocab_size,
+            draft_vocab_size=words or spec.vocab_size,
+            taps=(1, spec.num_layers // 2, spec.num_layers),
+            mixer=AttentionSpec(
+                num_heads=4,
+                num_kv_heads=2,
+                head_dim=16,
+                rope=RopeSpec(theta=10_000.0, rotary_dim=16),
+                scale=0.25,
+            ),
+            ffn=GatedFFNSpec(intermediate_size=96),
+            norm_eps=1e-6,
+            max_positions=spec.max_positions,
+            dtype="float32",
+        )
+    )
+    with torch.no_grad():
+        for parameter in head.parameters():
+            noise = torch.empty_like(parameter).normal_(generator=draw)
+            parameter.copy_(noise * 0.15 if parameter.dim() == 2 else 1.0 + 0.1 * noise)
+    if words is not None:
+        some = torch.randperm(spec.vocab_size, generator=draw)[:words]
+        head.token_ids.copy_(some.sort().values)
+    return head
 
 
 def random_requests(

@@ -104,7 +104,9 @@ def law_after(engine: Engine, prompt: list[int]) -> Law:
 
 def check_law(rule: RuleName, samples: int) -> None:
     small = dataclasses.replace(tiny_spec((None, 4)), vocab_size=6)
-    options = EngineOptions(max_batch=64, cache_bytes=32 << 20, prefix_cache=False, threads=1)
+    options = EngineOptions(
+        max_batch=64, cache_bytes=32 << 20, prefix_cache=False, threads=1, draft_control=False
+    )
     prompt = [1, 2, 3]
     law = plain_law(law_after(Engine(tiny_decoder(small), None, options), prompt), 3)
     engine, _ = drafting(options, small, coupled=False)
@@ -135,7 +137,11 @@ def test_the_whole_engine_keeps_the_law_over_many_samples(rule: RuleName) -> Non
 
 def test_equal_seeds_alone_and_in_a_batch_in_deterministic_mode() -> None:
     options = EngineOptions(
-        deterministic=True, speculate="draft", draft_model="tales-draft", cache_bytes=64 << 20
+        deterministic=True,
+        speculate="draft",
+        draft_model="tales-draft",
+        draft_control=False,
+        cache_bytes=64 << 20,
     )
     engine = Engine.load("tales", options)
     assert engine.tokenizer is not None

@@ -14,7 +14,12 @@ from skimp.engine import Engine, EngineOptions
 from skimp.model.spec import ModelSpec
 
 BASE = EngineOptions(
-    deterministic=True, max_batch=32, prefix_cache=False, token_budget=512, threads=1
+    deterministic=True,
+    max_batch=32,
+    prefix_cache=False,
+    token_budget=512,
+    threads=1,
+    draft_control=False,
 )
 
 Requests = list[tuple[list[int], SamplingParams]]

@@ -66,7 +66,9 @@ def story_prompts(engine: Engine, count: int) -> list[list[int]]:
 
 def check_greedy(count: int, tokens: int, speculate: str, **fields: object) -> float:
     """Tokens a step, when all are those of plain generation."""
-    options = EngineOptions(dtype="float32", max_batch=32, cache_bytes=40 << 20)
+    options = EngineOptions(
+        dtype="float32", max_batch=32, cache_bytes=40 << 20, draft_control=False
+    )
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     plain = Engine.load("tales", options)
     prompts = story_prompts(plain, count)
@@ -271,7 +273,7 @@ def test_options_are_refused() -> None:
     with pytest.raises(OptionError, match="draft_tokens"):
         EngineOptions(speculate="lookup", draft_tokens=33)
     with pytest.raises(OptionError, match="overlap"):
-        EngineOptions(speculate="lookup", overlap=True)
+        EngineOptions(speculate="lookup", overlap=True, draft_control=False)
     with pytest.raises(OptionError, match="draft_tokens"):
         build(EngineOptions(draft_tokens=3))
     engine = build(dataclasses.replace(BASE, speculate="lookup"))

@@ -39,8 +39,9 @@ EMPTY: Final = Draft()
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What a proposer may know of a sequence: a key for what it remembers of it, its tokens (prompt
-    and output so far), how many of them are prompt, the most that may be guessed, and whose past
-    outputs may be looked into (``salt``)."""
+    and output so far), how many of them are prompt, the most that may be guessed, whose past
+    outputs may be looked into (``salt``), and what the model's last step left of the rows before
+    the last token (``features`` float32 [n, D]), if it was of this sequence."""
 
     key: Hashable
     tokens: Sequence[int]
@@ -48,6 +49,7 @@ class Ask:
     most: int
     row: RowState
     salt: str | None = None
+    features: Tensor | None = None
 
 
 class Proposer(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +17,19 @@ from skimp.kernels.native import structs
 from skimp.kernels.ops import StepInputs
 from skimp.kernels.plain import PlainOps
 from skimp.model.decoder import Decoder
+from skimp.model.draft_head import DraftHead
 from skimp.model.moving import move_decoder
+from skimp.model.spec import ModelSpec
+
+Forward = Decoder | DraftHead
+MOST_GRAPHED = 512  # rows of a step that a GPU replays
 
 
 class Backend(Protocol):
     """Runs the bound decoder over the first rows of the runner's input buffers."""
 
-    name: str
+    @property
+    def name(self) -> Literal["native", "triton", "plain"]: ...
 
     def wait(self) -> None:
         """Until the buffers may be written again."""
@@ -32,6 +38,11 @@ class Backend(Protocol):
     def highest(self) -> tuple[Tensor, Tensor] | None:
         """Of the last forward's logits, float32 [L] and int32 or int64 [L]: the largest and, of
         those, the lowest index; None where it was not computed on the way."""
+        ...
+
+    def features(self) -> Tensor | None:
+        """What a draft head goes on from, float32 [rows or more, D] of the last forward; valid
+        until the next one. None where no head is served."""
         ...
 
     def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
@@ -51,8 +62,16 @@ class StepBuffers:
         max_seqs: int,
         max_logits: int,
         max_context: int,
+        feature_size: int = 0,
+        guessed_rows: int = 1,
     ) -> None:
+        """``feature_size``: D of a draft head, 0 for others; ``guessed_rows``: of a sequence in a
+        step that checks or makes guesses, the most."""
         device = arena.data.device
+        self.guessed_rows = guessed_rows
+        # A graph's step may be padded beyond what is asked for.
+        if device.type == "cuda":
+            max_rows, max_logits = max(max_rows, MOST_GRAPHED), max(max_logits, MOST_GRAPHED)
 
         def ints(*shape: int) -> np.ndarray:
             return np.zeros(shape, dtype=np.int32)
@@ -62,6 +81,7 @@ class StepBuffers:
         self.token_source = ints(max_rows)
         self.drawn = torch.zeros(max_logits, dtype=torch.int32, device=device)
         self.row_seq, self.kv_end = ints(max_rows), ints(max_rows)
+        self.features = torch.zeros(max_rows, feature_size, device=device) if feature_size else None
         self.seq_starts = ints(max_seqs + 1)
         self.logit_rows = ints(max_logits)
         # Pinned where a GPU copies from them.
@@ -103,11 +123,12 @@ class StepBuffers:
             logit_rows=torch.from_numpy(self.logit_rows[:num_logits]),
             arena=self.arena,
             block_tables=tuple(table[:num_seqs] for table in self.table_tensors),
+            features=None if self.features is None else self.features[:rows],
         )
 
 
 class PlainBackend:
-    name = "plain"
+    name: Literal["plain"] = "plain"
 
     def wait(self) -> None:
         pass
@@ -115,7 +136,10 @@ class PlainBackend:
     def highest(self) -> None:
         return None
 
-    def __init__(self, decoder: Decoder, buffers: StepBuffers, ops: PlainOps) -> None:
+    def features(self) -> Tensor | None:
+        return self._decoder.features
+
+    def __init__(self, decoder: Forward, buffers: StepBuffers, ops: PlainOps) -> None:
         self._decoder, self._buffers, self._ops = decoder, buffers, ops
 
     @torch.inference_mode()
@@ -136,7 +160,7 @@ class PlainBackend:
 class NativeBackend:
     """The whole step captured once as a program of native kernels, replayed for any size."""
 
-    name = "native"
+    name: Literal["native"] = "native"
 
     def wait(self) -> None:
         pass
@@ -144,9 +168,12 @@ class NativeBackend:
     def highest(self) -> None:
         return None
 
+    def features(self) -> Tensor | None:
+        return self._features
+
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Forward,
         buffers: StepBuffers,
         ops: native.NativeOps,
         *,
@@ -162,6 +189,7 @@ class NativeBackend:
             ) as program,
         ):
             self._logits = decoder(buffers.step_inputs(), ops)
+            self._features = decoder.features
         self._program, self._threads, self._deterministic = program, threads or 0, deterministic
         self._buffers = buffers
 
@@ -172,21 +200,23 @@ class NativeBackend:
 
 
 def choose_backend(
-    decoder: Decoder,
+    decoder: Forward,
+    spec: ModelSpec,
     layout: CacheLayout,
     buffers: StepBuffers,
     options: EngineOptions,
     max_positions: int,
 ) -> Backend:
-    """Bind the decoder to the backend that ``options`` name, or to the fastest there is."""
+    """Bind the decoder, which is what ``spec`` says, to the backend that ``options`` name, or to
+    the fastest there is."""
     usable = native.available() and options.device == "cpu"
     if options.backend == "native" and not usable:
         raise OptionError("backend: native kernels were not built; reinstall with a C++ compiler")
-    missing = native.lacks(decoder.spec)
+    missing = native.lacks(spec)
     if options.backend == "native" and missing:
         raise OptionError(f"backend: the native kernels have no {missing}; use auto or plain")
     usable = usable and missing is None
-    caches = [layout.layer_cache(index) for index in range(decoder.spec.num_layers)]
+    caches = [layout.layer_cache(index) for index in range(spec.num_layers)]
     if options.backend == "native" or (options.backend == "auto" and usable):
         if layout.page_tokens % structs.PANEL:
             raise OptionError(
@@ -207,7 +237,7 @@ def choose_backend(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     move_decoder(decoder, options.device)
-    if _has_triton(options, decoder):
+    if _has_triton(options, spec):
         from skimp.engine.graphs import GraphBackend
         from skimp.kernels.triton.ops import TritonOps
 
@@ -219,7 +249,7 @@ def choose_backend(
     return PlainBackend(decoder, buffers, plain_ops)
 
 
-def _has_triton(options: EngineOptions, decoder: Decoder) -> bool:
+def _has_triton(options: EngineOptions, spec: ModelSpec) -> bool:
     if options.device != "cuda" or options.backend == "plain":
         return False
     if importlib.util.find_spec("triton") is None:
@@ -228,7 +258,7 @@ def _has_triton(options: EngineOptions, decoder: Decoder) -> bool:
         return False
     from skimp.kernels.triton.ops import lacks
 
-    missing = lacks(decoder.spec)
+    missing = lacks(spec)
     if missing and options.backend == "triton":
         raise OptionError(f"backend: the Triton kernels have no {missing}; use auto or plain")
     return missing is None

@@ -20,15 +20,23 @@ from skimp.decoding.proposal import Accepted, Proposer
 from skimp.decoding.rows import RowState, resolve_bad_words
 from skimp.decoding.stops import FinishReason, StopChecker
 from skimp.engine.admission import Prompt, encode, most_tokens
+from skimp.engine.control import LengthControl
 from skimp.engine.flight import Draw, Flight
 from skimp.engine.options import EngineOptions
 from skimp.engine.reading import KeepLogits, PromptReader, Scores, ScoreTokens
 from skimp.engine.request import Flying, Request, RequestOutput, Sequence
 from skimp.engine.scheduler import Scheduler, Work
 from skimp.engine.served import ServedModel
-from skimp.engine.speculation import SpeculationStats, make_acceptor, make_proposer
+from skimp.engine.speculation import (
+    Lengths,
+    SpeculationStats,
+    find_head,
+    make_acceptor,
+    make_proposer,
+)
 from skimp.errors import OptionError, RequestError
 from skimp.model.decoder import Decoder
+from skimp.model.draft_head import DraftHead
 from skimp.model.loading import load_decoder
 from skimp.model.locate import locate_model
 from skimp.text.tokenizer import Tokenizer
@@ -53,7 +61,10 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         proposer: Proposer | None = None,
+        draft_head: DraftHead | None = None,
     ) -> None:
+        """``proposer`` and ``draft_head`` (not bound, either) take the place of those that the
+        options would name."""
         options = options or EngineOptions()
         plain = options.speculate == "none" and proposer is None
         if plain and options.draft_tokens is not None:
@@ -61,27 +72,34 @@ class Engine:
         drafts = 0 if plain else options.longest_draft
         lines = options.max_batch * (1 + drafts)
         max_logits = max(options.max_batch, 128, min(lines, MOST_LOGITS))
-        served = ServedModel(decoder, options, max_logits=max_logits)
+        head = find_head(options, decoder, draft_head)
+        served = ServedModel(
+            decoder, decoder.spec, options, max_logits=max_logits, guessed_rows=1 + drafts
+        )
         self.spec, self.tokenizer, self.options = decoder.spec, tokenizer, options
         self.decoder, self.dtype, self.work = decoder, served.dtype, served.work
         self.cache, self.runner = served.cache, served.runner
         self.max_context, self.backend_name = served.max_context, served.backend_name
         if proposer is None:
-            proposer = make_proposer(options, self.spec, tokenizer)
+            proposer = make_proposer(options, decoder, served, tokenizer, head)
         elif options.speculate != "none":
             raise OptionError(f"speculate: {options.speculate} beside a proposer that was given")
         self.scheduler = Scheduler(
             self.cache,
             proposer,
-            draft_tokens=drafts,
             token_budget=options.step_tokens,
             max_batch=options.max_batch,
             max_logits=max_logits,
         )
-        # Guesses follow from tokens that the host has seen.
-        self._overlap = options.overlaps and proposer is None
+        # Guesses follow from tokens that the host has seen, so steps that guess never overlap.
+        self._overlap = options.overlaps and (proposer is None or options.controls)
+        control = LengthControl(drafts, plain_steps=4 if self._overlap else 1)
+        self._lengths = Lengths(drafts, control if options.controls and drafts else None)
         self._flight: Flight | None = None  # launched, and not landed
+        # What the last step left for a draft head, of the tokens that it settled.
+        self._features: dict[Sequence, Tensor] = {}
         self._numbers = itertools.count()
+        self._newest = -1  # the last step that was launched
         self._acceptor = make_acceptor(options)
         self.speculation = SpeculationStats()
         self._requests: dict[str, Request] = {}
@@ -237,23 +255,32 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
+        began = time.perf_counter()
         outputs, self._pending = self._pending, []
-        before, self._flight = self._flight, None
-        launched: Flight | None = None
+        flying, self._flight = self._flight, None
+        before, launched, landed = flying, None, None
         try:
+            if self._lengths.decide(len(self.scheduler.running)) and before is not None:
+                self._commit(before)
+                outputs += self._land(before)
+                before = None
             try:
                 launched = self._launch(before)
             finally:
                 # Whatever became of the launch: the tokens on the device last until the next one.
                 if before is not None:
                     outputs += self._land(before)
-                    before = None
+                    landed, before = before, None
             if launched is None or launched.deferred is not None:
                 self._flight = launched
                 self._forget_vain_flight()
             else:
                 outputs += self._land(launched)
-            self.scheduler.forget_ended()
+                landed = launched if flying is None else None
+            for seq in self.scheduler.forget_ended():
+                self._lengths.end(seq)
+            if landed is not None:
+                self._lengths.time(landed.work, time.perf_counter() - began)
         except BaseException:
             if before is not None:  # it broke while it landed
                 self._abandon(before)
@@ -273,7 +300,8 @@ class Engine:
             assert not waits, "requests wait, but none could be scheduled"
             return None
         try:
-            self.scheduler.add_drafts(work)
+            self.scheduler.add_drafts(work, self._lengths.of, self._features)
+            self._features = {}
             return self._start(work)
         except BaseException:
             self._roll_back(work)
@@ -298,16 +326,20 @@ class Engine:
                 self.cache.commit(item.seq.cache, 0, [])
 
     def _start(self, work: list[Work]) -> Flight:
-        flight = Flight(next(self._numbers), work, self.runner.run(work))
-        line, alone = 0, self._overlap
+        self._newest = next(self._numbers)
+        flight = Flight(self._newest, work, self.runner.run(work))
+        line, row, alone = 0, 0, self._overlap
         for item in work:
             line += item.num_logits
+            row += item.num_tokens
             alone &= item.seq.request.next_row is None
             if item.reaches_end:
                 samples = self._samples(item.seq)
-                flight.draws.append(Draw(item, samples, line - 1 - len(item.draft.tokens)))
+                line_of = line - 1 - len(item.draft.tokens)
+                flight.draws.append(Draw(item, samples, line_of, row - item.num_tokens))
                 ahead = int(item.seq.flying is not None)
-                alone &= len(samples) == 1 and deferrable(item.seq.sampling, ahead)
+                alone &= len(samples) == 1 and not item.draft.tokens
+                alone &= deferrable(item.seq.sampling, ahead)
         if alone:
             self._defer(flight)
         return flight
@@ -342,7 +374,7 @@ class Engine:
                 draw.item.seq.land(flight.number)
             landed = [pair for pair in landed if not pair[0].item.seq.ended]
             gains = (gain for _, gain in landed)
-            return self._gain([draw for draw, _ in landed], gains, committed=True)
+            return self._gain([draw for draw, _ in landed], gains, flight)
         try:
             with self.runner.sampling_threads():
                 return self._use(flight)
@@ -381,10 +413,7 @@ class Engine:
         rows = [seq.sampling for draw in draws for seq in draw.samples]
         drafts = [draw.item.draft for draw in draws for _ in draw.samples]
         accepted = self._acceptor.accept(_select(flight.logits, lines), rows, drafts)
-        if self.scheduler.proposer is not None:
-            for draft, gain in zip(drafts, accepted):
-                self.speculation.count(len(draft.tokens), len(gain.tokens) - (gain.error is None))
-        return outputs + self._gain(draws, iter(accepted), committed=False)
+        return outputs + self._gain(draws, iter(accepted), flight)
 
     def _samples(self, seq: Sequence) -> list[Sequence]:
         """The sequences that draw from this sequence's logits: itself and, once, its forks."""
@@ -394,19 +423,29 @@ class Engine:
         return [seq, *(self._sequence(request, i) for i in range(1, request.params.n))]
 
     def _gain(
-        self, draws: list[Draw], accepted: Iterator[Accepted], *, committed: bool
+        self, draws: list[Draw], accepted: Iterator[Accepted], flight: Flight
     ) -> list[RequestOutput]:
         """Give each sample its tokens; commit to the cache what they leave of a draft."""
         outputs = []
+        newest = flight.number == self._newest
+        features = self.runner.backend.features() if newest else None
         for draw in draws:
             item, seq, request = draw.item, draw.item.seq, draw.item.seq.request
             if request.metrics.first_token is None:
                 request.metrics.first_token = time.monotonic()
                 request.metrics.reused_prompt_tokens = seq.num_reused
-            gains = [self._advance(sample, next(accepted)) for sample in draw.samples]
-            if not committed:
+            found = [next(accepted) for _ in draw.samples]
+            gains = [self._advance(sample, gain) for sample, gain in zip(draw.samples, found)]
+            kept = item.num_known + len(gains[0][1]) - 1
+            if self.scheduler.proposer is not None:
+                for gain in found:
+                    stood = len(gain.tokens) - (gain.error is None)
+                    self.speculation.count(len(item.draft.tokens), stood)
+                    self._lengths.count(item, stood)
+            if features is not None and len(draw.samples) == 1:
+                self._features[seq] = features[draw.row : draw.row + kept]
+            if flight.deferred is None:
                 assert seq.cache is not None
-                kept = item.num_known + len(gains[0][1]) - 1
                 self.cache.commit(seq.cache, kept, item.token_ids[:kept])
                 for fork in draw.samples[1:]:
                     fork.cache = self.cache.fork(seq.cache)

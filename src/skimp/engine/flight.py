@@ -14,11 +14,12 @@ from skimp.engine.scheduler import Work
 @dataclass
 class Draw:
     """A part of the work that reaches its sequence's end, the samples that draw from its logits,
-    and where these begin."""
+    where these begin, and the part's first row."""
 
     item: Work
     samples: list[Sequence]
     line: int
+    row: int
 
 
 @dataclass

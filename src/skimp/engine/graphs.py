@@ -3,20 +3,49 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from skimp.engine.backends import StepBuffers
+from skimp.engine.backends import MOST_GRAPHED, Forward, StepBuffers
 from skimp.kernels.ops import StepBounds, StepInputs
 from skimp.kernels.triton import vendor
 from skimp.kernels.triton.ops import TritonOps
 from skimp.kernels.triton.rows import pick_drawn, row_max
-from skimp.model.decoder import Decoder
 
-MOST_GRAPHED = 512
-Captured = tuple[torch.cuda.CUDAGraph, Tensor, tuple[Tensor, Tensor]]
+ROWS_GRAPHED = (1, 2, 3, 4, 5, 6, 8, 12, 17, 33)  # of a sequence
+
+
+@dataclass(frozen=True)
+class Shape:
+    """``seqs`` sequences of at most ``rows`` rows, padding included; ``every``: logits of all rows,
+    else of one a sequence."""
+
+    seqs: int
+    rows: int
+    every: bool
+
+    @property
+    def num_rows(self) -> int:
+        return self.seqs * self.rows
+
+    @property
+    def num_logits(self) -> int:
+        return self.num_rows if self.every else self.seqs
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph and what its replay leaves: logits, their rows' maxima and where they are, and what a
+    draft head goes on from."""
+
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    highest: tuple[Tensor, Tensor]
+    features: Tensor | None
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -26,24 +55,25 @@ def graph_sizes(most: int) -> list[int]:
 
 
 class GraphBackend:
-    """Steps in which every sequence gains one row are replayed; others are launched kernel by
-    kernel. A size's graph is captured when it is first needed.
+    """Steps in which every sequence gains one row, or few where tokens are guessed, are replayed;
+    others are launched kernel by kernel. A shape's graph is captured when it is first needed.
 
     The small inputs of a step travel in one copy out of pinned memory, which is written again only
     when that copy is done; block tables lie in pinned memory themselves.
     """
 
-    name = "triton"
+    name: Literal["triton"] = "triton"
 
     def __init__(
-        self, decoder: Decoder, buffers: StepBuffers, ops: TritonOps, *, max_context: int
+        self, decoder: Forward, buffers: StepBuffers, ops: TritonOps, *, max_context: int
     ) -> None:
         self._decoder, self._buffers, self._ops = decoder, buffers, ops
         self._device = buffers.arena.device
         self._max_context = max_context
         self._sizes = graph_sizes(buffers.max_seqs)
-        self._graphs: dict[int, Captured] = {}
+        self._graphs: dict[Shape, Captured] = {}
         self._highest: tuple[Tensor, Tensor] | None = None
+        self._features: Tensor | None = None
         self._pool = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         most = 5 * buffers.max_rows + buffers.max_seqs + 1 + buffers.max_logits
         self._staging = torch.zeros(most, dtype=torch.int32, pin_memory=True)
@@ -61,28 +91,50 @@ class GraphBackend:
     def graph(self, batch: int) -> torch.cuda.CUDAGraph:
         """The graph that a generation step of ``batch`` sequences replays; KeyError before it has
         been captured."""
-        return self._graphs[self._sizes[bisect_left(self._sizes, batch)]][0]
+        return self._graphs[Shape(self._size(batch), 1, False)].graph
 
     @torch.inference_mode()
     def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
-        single = rows == num_seqs == num_logits <= self._sizes[-1]
-        self._highest = None
-        if not single:
+        shape = self._shape(rows, num_seqs, num_logits)
+        if shape is None:
             self._send(rows, num_seqs, num_logits)
-            return self._run(self._step(rows, num_seqs, num_logits, self._bounds(rows, num_seqs)))
-        size = self._sizes[bisect_left(self._sizes, rows)]
-        self._pad(rows, size)
-        self._send(size, size, size)
-        captured = self._graphs.get(size)
+            self._highest = None
+            logits = self._run(self._step(rows, num_seqs, num_logits, self._bounds(rows, num_seqs)))
+            self._features = self._decoder.features
+            return logits
+        self._pad(rows, num_seqs, num_logits, shape)
+        self._send(shape.num_rows, shape.seqs, shape.num_logits)
+        captured = self._graphs.get(shape)
         if captured is None:
-            captured = self._graphs[size] = self._capture(size)
-        graph, logits, (top, best) = captured
-        graph.replay()
+            captured = self._graphs[shape] = self._capture(shape)
+        captured.graph.replay()
+        top, best = captured.highest
         self._highest = top[:num_logits], best[:num_logits]
-        return logits[:num_logits]
+        self._features = captured.features
+        return captured.logits[:num_logits]
+
+    def _size(self, num_seqs: int) -> int:
+        return self._sizes[bisect_left(self._sizes, num_seqs)]
+
+    def _shape(self, rows: int, num_seqs: int, num_logits: int) -> Shape | None:
+        """The smallest that has a graph and holds the step; None: there is none."""
+        if num_seqs > self._sizes[-1]:
+            return None
+        size = self._size(num_seqs)
+        if rows == num_seqs == num_logits:
+            return Shape(size, 1, False)
+        most = int(np.diff(self._buffers.seq_starts[: num_seqs + 1]).max())
+        if most > self._buffers.guessed_rows:
+            return None
+        most = ROWS_GRAPHED[bisect_left(ROWS_GRAPHED, most)]
+        shape = Shape(size, most, num_logits > num_seqs)
+        return None if shape.num_rows > MOST_GRAPHED else shape
 
     def highest(self) -> tuple[Tensor, Tensor] | None:
         return self._highest
+
+    def features(self) -> Tensor | None:
+        return self._features
 
     def _bounds(self, rows: int, num_seqs: int) -> StepBounds:
         """Rounded up, so that few plans serve many steps."""
@@ -102,27 +154,34 @@ class GraphBackend:
         logits: Tensor = self._decoder(step, self._ops)
         return logits
 
-    def _capture(self, size: int) -> Captured:
-        step = self._step(size, size, size, StepBounds(1, self._max_context, captured=True))
+    def _capture(self, shape: Shape) -> Captured:
+        bounds = StepBounds(shape.rows, self._max_context, captured=True)
+        step = self._step(shape.num_rows, shape.seqs, shape.num_logits, bounds)
+        features = None if step.features is None else step.features.clone()
         row_max(self._run(step))  # compiles; the replay writes the same keys and values again
+        if features is not None:
+            assert step.features is not None
+            step.features.copy_(features)
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on using the GPU meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._run(step)
             highest = row_max(logits)
-        return graph, logits, highest
+        return Captured(graph, logits, highest, self._decoder.features)
 
-    def _pad(self, rows: int, size: int) -> None:
-        """Rows without a sequence, which read and write nothing of the cache."""
-        buffers = self._buffers
+    def _pad(self, rows: int, num_seqs: int, num_logits: int, shape: Shape) -> None:
+        """Rows without a sequence, which read and write nothing of the cache. Where each sequence
+        has one row they are sequences of their own, else the last sequences have none."""
+        buffers, size = self._buffers, shape.num_rows
         extra = np.arange(rows, size)
+        alone = shape.rows == 1
         buffers.token_ids[rows:size] = 0
         buffers.token_source[rows:size] = -1
         buffers.positions[rows:size] = -1
         buffers.kv_end[rows:size] = 0
-        buffers.row_seq[rows:size] = extra
-        buffers.seq_starts[rows + 1 : size + 1] = extra + 1
-        buffers.logit_rows[rows:size] = extra
+        buffers.row_seq[rows:size] = extra if alone else 0
+        buffers.seq_starts[num_seqs + 1 : shape.seqs + 1] = extra + 1 if alone else rows
+        buffers.logit_rows[num_logits : shape.num_logits] = extra if alone else 0
 
     def _send(self, rows: int, num_seqs: int, num_logits: int) -> None:
         buffers, staging, place = self._buffers, self._staging.numpy(), 0
@@ -163,4 +222,5 @@ class GraphBackend:
             arena=self._buffers.arena,
             block_tables=tuple(self._tables),
             bounds=bounds,
+            features=None if self._buffers.features is None else self._buffers.features[:rows],
         )

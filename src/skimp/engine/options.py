@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from skimp.errors import OptionError
@@ -11,9 +11,9 @@ from skimp.model.spec import LatentAttentionSpec, ModelSpec
 
 Backend = Literal["auto", "native", "triton", "plain"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
-Speculate = Literal["none", "lookup", "suffix", "draft"]
+Speculate = Literal["none", "lookup", "suffix", "draft", "head"]
 DraftRule = Literal["block", "chain", "match"]
-LONGEST_DRAFT = {"none": 8, "lookup": 8, "suffix": 8, "draft": 4}
+BY_MODEL = ("draft", "head")  # ask ``draft_model``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,11 @@ class EngineOptions:
 
     ``speculate`` has tokens guessed that the model then checks several at a time: ``lookup`` copies
     what followed the same few tokens before, ``suffix`` what followed most often, in past answers
-    of the same salt too, ``draft`` asks ``draft_model``, a smaller model with the same tokens and a
-    cache on top of ``cache_bytes``. At most ``draft_tokens`` are guessed (None: 8, by a model 4).
+    of the same salt too, ``draft`` asks ``draft_model``, a smaller model with the same tokens,
+    ``head`` a head that was trained for this model (``skimp draft train``), both with a cache on
+    top of ``cache_bytes``. At most ``draft_tokens`` are guessed (None: 8), as many as were worth it
+    lately, and none where plain generation is faster; with ``draft_control`` false always as many
+    (None: 8, by a model or head 4).
     What is generated keeps its law; and where steps of one row and of several give the same bits
     every token, but for what a draft model guesses by ``draft_rule`` ``block`` or ``chain`` at a
     temperature above 0. ``match``, the rule of the deterministic mode, gives the tokens of plain
@@ -64,6 +67,7 @@ class EngineOptions:
     draft_tokens: int | None = None
     draft_model: str | None = None
     draft_rule: DraftRule | None = None
+    draft_control: bool | None = None
 
     def __post_init__(self) -> None:
         self._check_count("max_batch", self.max_batch)
@@ -107,14 +111,35 @@ class EngineOptions:
         return self.token_budget or (8192 if self.device == "cuda" else 512)
 
     @property
+    def controls(self) -> bool:
+        """Whether how many tokens are guessed follows from what it has been worth."""
+        return self.draft_control is not False
+
+    @property
     def longest_draft(self) -> int:
         """The most tokens that are guessed."""
-        return self.draft_tokens or LONGEST_DRAFT[self.speculate]
+        fixed = 4 if self.speculate in BY_MODEL and not self.controls else 8
+        return self.draft_tokens or fixed
 
     @property
     def accepts_by(self) -> DraftRule:
         """The rule for guesses that a model drew."""
         return self.draft_rule or ("match" if self.deterministic else "block")
+
+    def for_draft(self, *, max_context: int, backend: Backend | None = None) -> EngineOptions:
+        """The options of a model that guesses for one with these."""
+        return replace(
+            self,
+            cache_bytes=None,
+            max_context=max_context,
+            backend=backend or self.backend,
+            speculate="none",
+            draft_tokens=None,
+            draft_model=None,
+            draft_rule=None,
+            draft_control=None,
+            overlap=False,
+        )
 
     @property
     def overlaps(self) -> bool:
@@ -129,15 +154,21 @@ class EngineOptions:
     def _check_drafts(self) -> None:
         if self.draft_rule is not None:
             self._check_choice("draft_rule", get_args(DraftRule))
-        if self.speculate == "draft" and not isinstance(self.draft_model, str):
-            raise OptionError("draft_model: speculate is draft, so which model?")
+        if self.speculate in BY_MODEL and not isinstance(self.draft_model, str):
+            raise OptionError(f"draft_model: speculate is {self.speculate}, so which one?")
+        if not isinstance(self.draft_control, bool | None):
+            got = f"got {self.draft_control!r}"
+            raise OptionError(f"draft_control: expected true, false or none, {got}")
         for name in ("draft_model", "draft_rule"):
-            if getattr(self, name) is not None and self.speculate != "draft":
-                raise OptionError(f"{name}: only with speculate draft, not {self.speculate}")
-        if self.speculate != "none" and self.overlap:
+            if getattr(self, name) is not None and self.speculate not in BY_MODEL:
+                listed = " or ".join(BY_MODEL)
+                raise OptionError(f"{name}: only with speculate {listed}, not {self.speculate}")
+        if self.draft_control and self.speculate == "none":
+            raise OptionError("draft_control: nothing is guessed unless speculate says how")
+        if self.speculate != "none" and self.overlap and not self.controls:
             raise OptionError(
                 f"overlap: guesses follow from tokens that the host has seen, so with speculate "
-                f"{self.speculate} a step waits for the one before it"
+                f"{self.speculate} and draft_control false no step overlaps another"
             )
         if self.deterministic and self.draft_rule not in (None, "match"):
             raise OptionError(

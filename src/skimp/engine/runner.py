@@ -47,10 +47,14 @@ class Runner:
         self.backend, self.buffers = backend, buffers
         self._tables = BlockTables(buffers.tables)
 
-    def run(self, work: Sequence[Rows]) -> Tensor:
-        """Logits float32 [L, V] of the rows each part of the work asked for, in order."""
+    def run(self, work: Sequence[Rows], features: Tensor | None = None) -> Tensor:
+        """Logits float32 [L, V] of the rows each part of the work asked for, in order; of a draft
+        head from the rows' ``features`` float32 [R, D]."""
         buffers = self.buffers
         self.backend.wait()
+        if features is not None:
+            assert buffers.features is not None
+            buffers.features[: len(features)] = features
         row = logit = 0
         for index, item in enumerate(work):
             start, count = item.start, item.num_tokens

@@ -9,7 +9,10 @@ back and is computed again later (preemption by recompute).
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from skimp.cache import CacheManager
 from skimp.decoding.proposal import EMPTY, Ask, Draft, Proposer
@@ -29,6 +32,7 @@ class Work:
     num_known: int
     known_logits: int  # of the last known rows
     draft: Draft = EMPTY
+    asked: int = 0  # the most that could have been drafted
     reaches_end: bool = False
 
     @property
@@ -51,14 +55,12 @@ class Scheduler:
         cache: CacheManager,
         proposer: Proposer | None,
         *,
-        draft_tokens: int,
         token_budget: int,
         max_batch: int,
         max_logits: int,
     ) -> None:
         self.cache = cache
         self.proposer = proposer
-        self.draft_tokens = draft_tokens
         self.token_budget = token_budget
         self.max_batch = max_batch
         self.max_logits = max_logits
@@ -91,12 +93,14 @@ class Scheduler:
             self._waiting = [item for item in self._waiting if item[1] is not seq]
             heapq.heapify(self._waiting)
 
-    def forget_ended(self) -> None:
-        """Let the proposer forget what has ended, once nothing depends on its doing so."""
+    def forget_ended(self) -> list[Sequence]:
+        """Let the proposer forget what has ended, once nothing depends on its doing so; what that
+        was."""
         ended, self._ended = self._ended, []
         if self.proposer is not None:
             for seq in ended:
                 self.proposer.end(seq)
+        return ended
 
     def schedule(self) -> list[Work]:
         """The next step, with cache room reserved for each part of it."""
@@ -147,20 +151,26 @@ class Scheduler:
             logits -= item.num_logits
         return work
 
-    def add_drafts(self, work: list[Work]) -> None:
-        """Put guesses into what a step leaves of the budget, evenly: none takes the place of a
-        token that is to be computed, or a page that somebody has."""
+    def add_drafts(
+        self,
+        work: list[Work],
+        length: Callable[[Sequence], int],
+        features: Mapping[Sequence, Tensor],
+    ) -> None:
+        """Put guesses, of a sequence at most ``length``, into what a step leaves of the budget,
+        evenly: none takes the place of a token that is to be computed, or a page that somebody has.
+        ``features``: see :class:`~skimp.decoding.proposal.Ask`."""
         may = [i for i, item in enumerate(work) if _may_draft(item)]
         if self.proposer is None or not may:
             return
         budget = self.token_budget - sum(item.num_tokens for item in work)
         logits = self.max_logits - sum(item.num_logits for item in work)
-        share = min(self.draft_tokens, budget // len(may), logits // len(may))
+        share = min(budget // len(may), logits // len(may))
         asks: dict[int, Ask] = {}
         for i in may:
-            most = min(share, work[i].seq.tokens_left - 1)
+            most = min(share, length(work[i].seq), work[i].seq.tokens_left - 1)
             if most > 0:
-                asks[i] = _ask(work[i].seq, most)
+                asks[i] = _ask(work[i].seq, most, features.get(work[i].seq))
         if not asks:
             return
         drafts = self.proposer.propose(list(asks.values()))
@@ -170,7 +180,8 @@ class Scheduler:
             assert cache is not None
             if draft.tokens:
                 room = self.cache.extend(cache, len(draft.tokens))
-                work[i] = replace(work[i], draft=draft.cut(room))
+                draft = draft.cut(room)
+            work[i] = replace(work[i], draft=draft, asked=ask.most)
 
     def _size(self, seq: Sequence, budget: int, logits: int) -> Work:
         assert seq.cache is not None
@@ -203,7 +214,7 @@ def _may_draft(item: Work) -> bool:
     return item.reaches_end and seq.places == 1 and free
 
 
-def _ask(seq: Sequence, most: int) -> Ask:
+def _ask(seq: Sequence, most: int, features: Tensor | None) -> Ask:
     return Ask(
         key=seq,
         tokens=seq.tokens,
@@ -211,4 +222,5 @@ def _ask(seq: Sequence, most: int) -> Ask:
         most=most,
         row=seq.sampling,
         salt=seq.request.salt,
+        features=features,
     )

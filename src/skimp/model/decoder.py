@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from skimp.cache.spec import CacheSpec
 from skimp.kernels.ops import LayerCache, Ops, StepInputs
+from skimp.model.draft_head import Fusion
 from skimp.model.ffn import make_ffn
 from skimp.model.layers import Linear, RMSNorm
 from skimp.model.mixers import cache_spec, make_mixer
@@ -72,6 +73,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """``fusion``, set before ``bind``, has each forward leave ``features`` for a draft head."""
+
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
@@ -80,6 +83,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(spec.hidden_size, eps=spec.norm_eps, plus_one=spec.norm_plus_one)
         if not spec.tie_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size)
+        self.fusion: Fusion | None = None
+        self.features: Tensor | None = None  # float32 [R, D] of the last forward
 
     @property
     def dtype(self) -> torch.dtype:
@@ -119,7 +124,14 @@ class Decoder(nn.Module):
         else:
             self._table = ops.pack((self.embed_tokens,), "table")
             self._head = ops.pack((self.lm_head,))
+        if self.fusion is not None:
+            self.fusion.bind(ops)
         return self
+
+    @property
+    def table(self) -> Any:
+        """The embedding table as the backend holds it."""
+        return self._table
 
     def forward(self, step: StepInputs, ops: Ops) -> Tensor:
         """Logits float32 [L, V] of ``step.logit_rows``; the caches gain the step's rows."""
@@ -132,8 +144,14 @@ class Decoder(nn.Module):
     def states(self, step: StepInputs, ops: Ops) -> Tensor:
         """What leaves the last layer, float32 [R, D]; the caches gain the step's rows."""
         x_RD = self.embed(step, ops)
-        for layer in self.layers:
+        fusion, features = self.fusion, None
+        for index, layer in enumerate(self.layers):
+            if fusion is not None:
+                features = fusion.add(index, x_RD, features, ops)
             x_RD = layer(x_RD, ops, step)
+        if fusion is not None:
+            features = fusion.add(len(self.layers), x_RD, features, ops)
+        self.features = features
         return x_RD
 
     def logits(self, x_RD: Tensor, step: StepInputs, ops: Ops) -> Tensor:

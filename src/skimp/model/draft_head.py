@@ -24,12 +24,15 @@ from skimp.model.ffn import make_ffn
 from skimp.model.layers import Linear, RMSNorm
 from skimp.model.mixers.attention import cache_spec
 from skimp.model.rope import rope_tables
-from skimp.model.spec import AttentionSpec, GatedFFNSpec
+from skimp.model.spec import AttentionSpec, GatedFFNSpec, LayerSpec, ModelSpec
+
+FAMILY = "eagle3"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadSpec:
-    """``taps``: the target's residual stream is read where it enters these layers.
+    """``taps``: the target's residual stream is read where it enters these layers, or, by the
+    number of layers, where it leaves the last.
 
     ``draft_vocab_size`` words of the target's ``vocab_size`` can be guessed.
     """
@@ -43,6 +46,20 @@ class HeadSpec:
     norm_eps: float
     max_positions: int
     dtype: str = "bfloat16"
+
+    def as_model(self, *, max_positions: int | None = None) -> ModelSpec:
+        """The layer and its output matrix, as a model of one layer: what a cache and a backend ask
+        of a model."""
+        return ModelSpec(
+            family=FAMILY,
+            vocab_size=self.draft_vocab_size,
+            hidden_size=self.hidden_size,
+            layers=(LayerSpec(mixer=self.mixer, ffn=self.ffn),),
+            norm_eps=self.norm_eps,
+            max_positions=max_positions or self.max_positions,
+            tie_embeddings=False,
+            dtype=self.dtype,
+        )
 
 
 class Fusion(nn.Module):
@@ -97,24 +114,25 @@ class DraftHead(nn.Module):
     def cache_specs(self, dtype: torch.dtype | None = None) -> list[CacheSpec]:
         return [cache_spec(self.spec.mixer, dtype or self.dtype)]
 
+    def attach(self, table: Any, embed_scale: float) -> None:
+        """Before ``bind``: the target's embedding table as the same kind of backend holds it."""
+        self._table, self._embed_scale = table, embed_scale
+
     def bind(
         self,
         ops: Ops,
         *,
-        table: Any,
-        embed_scale: float,
-        cache: LayerCache | None = None,
+        caches: Sequence[LayerCache] | None = None,
         max_positions: int | None = None,
     ) -> DraftHead:
-        """Pack the layer's weights for ``ops``; ``table`` is the target's, packed by the same kind
-        of backend. The fusion is bound where it is computed, beside the target."""
+        """Pack the layer's weights for ``ops``, as :meth:`Decoder.bind` does. The fusion is bound
+        where it is computed, beside the target."""
         mixer = self.spec.mixer
         rope = None
         if mixer.rope is not None:
             cos, sin = rope_tables(mixer.rope, max_positions or self.spec.max_positions)
             device = self.norm.weight.device
             rope = (cos.to(device), sin.to(device))
-        self._table, self._embed_scale = table, embed_scale
         self._of_embed: Any = ops.pack(_linears(self.embed_qkv))
         self._of_feature: Any = ops.pack(_linears(self.feature_qkv))
         self._out: Any = ops.pack((self.o_proj,))
@@ -127,7 +145,7 @@ class DraftHead(nn.Module):
             k_norm=None,
             sinks=None,
             rope=rope,
-            cache=cache,
+            cache=None if caches is None else caches[0],
         )
         return self
 

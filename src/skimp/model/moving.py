@@ -9,14 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from skimp.model.decoder import Decoder
 from skimp.model.layers import Linear
 
 PIECE_BYTES = 64 << 20
 PIECES = 3
 
 
-def move_decoder(decoder: Decoder, device: torch.device | str) -> None:
+def move_decoder(decoder: nn.Module, device: torch.device | str) -> None:
     """Every parameter and low-bit matrix of ``decoder`` onto ``device``, in place.
 
     What is there already stays. Each tensor of the host is let go as soon as it is copied, so that

@@ -13,8 +13,8 @@ namespace {
 // At most this many rows are prepared by every thread for itself, which is quicker than sharing
 // them over a barrier.
 constexpr int PRIVATE_ROWS = 4;
-// From this many rows AMX is quicker: up to six AVX512-BF16 keeps up with memory.
-constexpr int AMX_ROWS = 7;
+// From this many rows AMX is quicker: up to three AVX512-BF16 keeps up with memory.
+constexpr int AMX_ROWS = 4;
 
 // From how many rows low-bit panels are rather widened to BF16, so that the rows share the time it
 // takes: where dense products are quicker than those of panels as they are.

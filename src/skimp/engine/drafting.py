@@ -1,0 +1,162 @@
+"""What models that guess have in common: a cache of their own, rounds of one token, draws."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from skimp.cache import CacheSequence
+from skimp.decoding.process import draw, process
+from skimp.decoding.proposal import EMPTY, Ask, Draft
+from skimp.decoding.rng import Purpose, uniforms
+from skimp.engine.request import Flying
+from skimp.engine.served import ServedModel
+
+
+class DraftedSequence:
+    """What the guessing model knows of a sequence, in the form that a runner reads: ``tokens`` from
+    the sequence's ``base``-th on, of which the cache holds the first, and of the open append the
+    ``written`` ones."""
+
+    __slots__ = ("base", "cache", "flying", "tokens", "written")
+
+    def __init__(self, cache: CacheSequence, base: int = 0) -> None:
+        self.cache, self.base = cache, base
+        self.tokens: list[int] = []
+        self.written = 0
+        self.flying: Flying | None = None  # it never is: the host sees every guess
+
+
+@dataclass
+class Guess:
+    """A draft in the making. ``features``: what rows of tokens that stand are computed from, the
+    first of them at cache position ``start``; ``last_row``: of its rows, in the last round."""
+
+    ask: Ask
+    seq: DraftedSequence
+    start: int = 0
+    last_row: int = -1
+    tokens: list[int] = field(default_factory=list)
+    laws: list[Tensor] = field(default_factory=list)
+    done: bool = False
+
+    def draft(self) -> Draft:
+        if not self.tokens:
+            return EMPTY
+        return Draft(tuple(self.tokens), torch.stack(self.laws) if self.laws else None)
+
+
+@dataclass(frozen=True)
+class GuessRows:
+    """A part of a round, as a runner reads it."""
+
+    guess: Guess
+    start: int
+    num_tokens: int
+    num_logits: int
+
+    @property
+    def seq(self) -> DraftedSequence:
+        return self.guess.seq
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.seq.tokens[self.start : self.start + self.num_tokens]
+
+
+class ModelProposer(ABC):
+    """A :class:`~skimp.decoding.proposal.Proposer` that draws from a model's own law.
+
+    What it draws with is what the request asks of the target, so laws are alike. ``coupled`` draws
+    with the target's own random numbers and records no law: the target then draws for itself, and
+    where both laws are alike both draw the same.
+    """
+
+    def __init__(self, served: ServedModel, *, coupled: bool) -> None:
+        self.served = served
+        self._coupled = coupled
+        self._known: dict[Hashable, DraftedSequence] = {}
+
+    @abstractmethod
+    def _begin(self, ask: Ask) -> Guess | None:
+        """Bring a sequence up to date and reserve room; None where there is none."""
+
+    @abstractmethod
+    def _logits(self, work: Sequence[GuessRows]) -> Tensor:
+        """Run a round: float32 [L, V], of the target's vocabulary."""
+
+    @abstractmethod
+    def _end_of(self, guess: Guess) -> None:
+        """A draft is made: keep what will not change."""
+
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        guesses = [self._begin(ask) for ask in asks]
+        active = [guess for guess in guesses if guess is not None]
+        with self.served.runner.sampling_threads():
+            while active:
+                work = self._next_rows(active)
+                self._draw(work, self._logits(work))
+                active = [guess for guess in active if not guess.done]
+        for guess in guesses:
+            if guess is not None:
+                self._end_of(guess)
+        return [EMPTY if guess is None else guess.draft() for guess in guesses]
+
+    def end(self, key: Hashable) -> None:
+        seq = self._known.pop(key, None)
+        if seq is not None:
+            self.served.cache.close(seq.cache)
+
+    def _next_rows(self, active: Sequence[Guess]) -> list[GuessRows]:
+        """As many of the tokens that wait as a step takes, the first sequences first."""
+        work, budget = [], self.served.runner.buffers.max_rows
+        for guess in active:
+            seq = guess.seq
+            start = seq.cache.length + seq.written
+            count = min(len(seq.tokens) - start, budget)
+            if count:
+                whole = start + count == len(seq.tokens)
+                work.append(GuessRows(guess, start, count, int(whole)))
+                budget -= count
+        return work
+
+    def _draw(self, work: Sequence[GuessRows], logits: Tensor) -> None:
+        """A token more for each sequence whose last token was computed."""
+        for rows in work:
+            rows.seq.written += rows.num_tokens
+        drawing = [rows.guess for rows in work if rows.num_logits]
+        if not drawing:
+            return
+        views = [guess.ask.row.drafted(guess.tokens) for guess in drawing]
+        processed = process(logits, views)
+        tokens = processed.best.tolist()
+        weights, sampled = processed.weights, processed.sampled
+        if weights is not None:
+            numbers = self._numbers([drawing[i] for i in sampled])
+            found = draw(weights, torch.from_numpy(numbers).to(weights.device)).tolist()
+            for i, token in zip(sampled, found):
+                tokens[i] = token
+            if not self._coupled:
+                for i, law in zip(sampled, weights / weights.sum(dim=-1, keepdim=True)):
+                    drawing[i].laws.append(law)
+        for i, guess in enumerate(drawing):
+            if processed.errors[i] is not None:
+                guess.done = True
+                continue
+            guess.tokens.append(tokens[i])
+            guess.seq.tokens.append(tokens[i])
+            guess.done = len(guess.tokens) == guess.ask.most
+
+    def _numbers(self, guesses: Sequence[Guess]) -> NDArray[np.float64]:
+        keys = [guess.ask.row.key for guess in guesses]
+        leads = [len(guess.tokens) for guess in guesses]
+        positions = [guess.ask.row.position + lead for guess, lead in zip(guesses, leads)]
+        if self._coupled:
+            return uniforms(keys, positions, Purpose.SAMPLE)
+        return uniforms(keys, positions, Purpose.DRAFT, leads)
