@@ -43,7 +43,7 @@ def test_bench_of_guesses(skimp, model_dir: Path, prompts: Path) -> None:
     )  # fmt: skip
     done = skimp(
         *common, "--speculate", "draft,lookup", "--draft-model", model_dir, "--batch", "1,2",
-        "--temperature", "0,0.5", "--json",
+        "--temperature", "0,0.5", "--json", "--no-draft-control",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     found = [checked(one) for one in json.loads(done.stdout)["speculation"]]
@@ -86,6 +86,7 @@ def test_bench_guesses_on_the_packaged_text_by_default(skimp, model_dir: Path) -
     ("arguments", "named"),
     [
         (["--draft-tokens", 3], "draft_tokens: needs --speculate"),
+        (["--draft-control"], "draft_control: needs --speculate"),
         (["--temperature", 0], "temperature: needs --speculate"),
         (["--speculate", "none"], "speculate: none"),
         (["--speculate", "guess"], "speculate: expected one of"),
@@ -127,7 +128,9 @@ def test_price_of_models_that_guess(
     pytest.importorskip("matplotlib")
     markdown, page = tmp_path / "price.md", tmp_path / "price.html"
     lookup = f"{model_dir}@speculate=lookup,draft_tokens=2"
-    itself = f"{model_dir}@speculate=draft,draft_model={model_dir},draft_tokens=2"
+    itself = (
+        f"{model_dir}@speculate=draft,draft_model={model_dir},draft_tokens=2,draft_control=false"
+    )
     paged = f"{model_dir}@page_tokens=32"
     other = f"{model_dir}@speculate=lookup,draft_tokens=2,page_tokens=32"
     common = (

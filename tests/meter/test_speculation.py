@@ -144,8 +144,9 @@ def test_a_model_that_guesses_for_itself_is_always_right(
     directory: Path, temperature: float
 ) -> None:
     own = engine(
-        directory, speculate="draft", draft_model=str(directory), draft_tokens=2, max_context=128
-    )
+        directory, speculate="draft", draft_model=str(directory), draft_tokens=2,
+        draft_control=False, max_context=128,
+    )  # fmt: skip
     found = measure_speculation(
         engine(directory), {"self": own}, chosen(a=2, b=1), DESKTOP, temperatures=[temperature],
         new_tokens=32, rounds=2, name="small",
@@ -173,6 +174,20 @@ def test_a_model_that_guesses_for_itself_is_always_right(
         assert result.draft_bytes > own.work.resident_weight_bytes
         assert result.plain == "small" and result.draft_rule == "match"
     assert not own.has_unfinished()
+
+
+def test_lengths_that_vary_are_predicted_from_what_was_drafted(directory: Path) -> None:
+    """The control of lengths goes its own way; scripted steps have every length nevertheless."""
+    own = engine(directory, speculate="draft", draft_model=str(directory), draft_tokens=4)
+    (found,) = measure_speculation(
+        engine(directory), {"self": own}, chosen(a=2), DESKTOP, temperatures=[0.0], new_tokens=64,
+        rounds=2,
+    )  # fmt: skip
+    assert found.controlled and found.same_answers == 1.0
+    assert [check.guesses for check in found.checks] == [0, 1, 2, 4]
+    assert set(found.by_position) <= {1.0} and found.drafted_per_step < 4
+    assert found.tokens_per_step == pytest.approx(1 + found.drafted_per_step)
+    assert found.predicted > 0
 
 
 def test_batches_engines_and_rounds(directory: Path) -> None:

@@ -41,7 +41,7 @@ def bench(
     speculate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Time guesses on real prompts instead: lookup, suffix or draft; repeatable.",
+            help="Time guesses on real prompts instead: lookup, suffix, draft or head; repeatable.",
             metavar="NAME[,NAME...]",
             show_default=False,
         ),
@@ -49,6 +49,13 @@ def bench(
     draft_model: opt.DraftModel = None,
     draft_tokens: opt.DraftTokens = None,
     draft_rule: opt.DraftRule = None,
+    draft_control: Annotated[
+        bool | None,
+        typer.Option(
+            help="With --speculate: as many guesses as are worth it, or always the most.",
+            show_default="as many as are worth it",
+        ),
+    ] = None,
     prompts: guesses.Files = None,
     category: guesses.Categories = None,
     max_prompts: guesses.MaxPrompts = None,
@@ -113,6 +120,7 @@ def bench(
             draft_model=draft_model,
             draft_tokens=draft_tokens,
             draft_rule=draft_rule,
+            draft_control=draft_control,
             prompts=prompts,
             category=category,
             max_prompts=max_prompts,
@@ -144,8 +152,13 @@ def bench(
             cache_bytes=opt.parse_bytes(cache_bytes),
             max_batch=max(2, *asked.batches),
         )
-        drafts = {"draft_model": draft_model, "draft_rule": draft_rule}
-        methods = guessing(model, options, speculate, draft_tokens=draft_tokens, by_model=drafts)
+        methods = guessing(
+            model,
+            options,
+            speculate,
+            lengths={"draft_tokens": draft_tokens, "draft_control": draft_control},
+            by_model={"draft_model": draft_model, "draft_rule": draft_rule},
+        )
         _bench_guesses(model, options, methods, asked, json_output=json_output, quiet=quiet)
         return
     name = str(model if random_weights is None else random_weights)
@@ -191,21 +204,24 @@ def guessing(
     options: EngineOptions,
     listed: list[str],
     *,
-    draft_tokens: int | None,
+    lengths: dict[str, int | None],
     by_model: dict[str, str | None],
 ) -> list[guesses.Guessing]:
     """``model`` once for each way to guess; ``by_model`` are options of draft models alone.
     ``OptionError`` names a wrong option."""
+    from skimp.engine.options import BY_MODEL
+
     methods = list(dict.fromkeys(part.strip() for value in listed for part in value.split(",")))
     if "none" in methods:
         raise ValueError("speculate: none is what guesses are held against anyway")
+    models = any(method in BY_MODEL for method in methods)
     found = []
     for method in methods:
-        changes: dict[str, Any] = {"speculate": method, "draft_tokens": draft_tokens}
-        if method == "draft" or "draft" not in methods:  # refused where there is none to have it
+        changes: dict[str, Any] = {"speculate": method, **lengths}
+        if method in BY_MODEL or not models:  # refused where there is none to have it
             changes |= by_model
         chosen = replace(options, **changes)
-        name = method if method != "draft" else f"draft {chosen.draft_model}"
+        name = f"{method} {chosen.draft_model}" if method in BY_MODEL else method
         found.append(guesses.Guessing(name=name, model=model, options=chosen))
     return found
 

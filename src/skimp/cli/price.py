@@ -364,7 +364,8 @@ def fitting(entries: Sequence[Entry]) -> list[list[Entry]]:
     free = free_memory(entries[0].options.device)
     need = [engine_bytes(entry.spec, entry.options, free) for entry in entries]
     for index, entry in enumerate(entries):
-        if (draft := entry.options.draft_model) is not None:
+        draft = entry.options.draft_model
+        if draft is not None and entry.options.speculate == "draft":  # a head is but a layer
             own = replace(entry.options, cache_bytes=None)
             need[index] += engine_bytes(model_spec(draft), own, free)
     if sum(need) <= free or len(entries) == 1:

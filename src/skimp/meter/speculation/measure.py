@@ -1,9 +1,10 @@
 """Rounds that go through plain generation and every engine that guesses, in turn.
 
 In each round an engine first answers the first group of prompts for a few steps with scripted
-guesses of every length, which gives v(k), and then all groups with its own, which gives c, what
-came true, and the achieved gain. What past answers left is dropped before either. A round's
-figures are ratios to the plain steps of that round, so that a slow minute of the machine cancels.
+guesses of every length, which gives v(k), and then all groups with its own, as many as it chooses,
+which gives c, what came true, and the achieved gain. What past answers left is dropped before
+either. A round's figures are ratios to the plain steps of that round, so that a slow minute of the
+machine cancels.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from skimp.meter.cases import Case, check_fit
@@ -26,22 +27,20 @@ from skimp.meter.speculation.predict import (
 from skimp.meter.speculation.prompts import Chosen
 from skimp.meter.speculation.result import SpeculationResult
 from skimp.meter.speculation.runs import (
-    WITHOUT_MODEL,
     Run,
     Script,
     TimedStep,
     Watch,
     answer,
     forget,
+    guessing_by,
+    longest_always,
 )
 from skimp.meter.work import engine_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from skimp.cost import Hardware
     from skimp.decoding.params import SamplingParams
-    from skimp.decoding.proposal import Proposer
     from skimp.engine import Engine, EngineOptions
 
 CYCLES = 6  # steps of each scripted length in a round
@@ -203,13 +202,14 @@ def _round(engine: Engine, asked: _Asked) -> _Round:
     lengths, steps = lengths_timed(options.longest_draft), _script_steps(options)
     long_enough = replace(asked.params, max_tokens=steps + options.longest_draft + 1)
     forget(engine)
-    with _guessing(engine, lambda own: Script(own, lengths, engine.spec.vocab_size)):
+    script = partial(Script, lengths=lengths, vocab_size=engine.spec.vocab_size)
+    with longest_always(engine), guessing_by(engine, script):
         scripted = answer(engine, asked.groups[0], long_enough, most_steps=steps)
     forget(engine)
     runs = []
     drafted: list[int] = []
     accepted: list[int] = []
-    with _guessing(engine, Watch):
+    with guessing_by(engine, Watch):
         for group in asked.groups:
             runs.append(answer(engine, group, asked.params))
             drafted = _added(drafted, engine.speculation.drafted)
@@ -220,18 +220,6 @@ def _round(engine: Engine, asked: _Asked) -> _Round:
         drafted=tuple(drafted),
         accepted=tuple(accepted),
     )
-
-
-@contextmanager
-def _guessing(engine: Engine, wrapped: Callable[[Proposer], Watch]) -> Iterator[None]:
-    """The engine's proposer inside another."""
-    own = engine.scheduler.proposer
-    assert own is not None, "this engine does not guess"
-    engine.scheduler.proposer = wrapped(own)
-    try:
-        yield
-    finally:
-        engine.scheduler.proposer = own
 
 
 def _added(one: Sequence[int], other: Sequence[int]) -> list[int]:
@@ -247,6 +235,8 @@ def _result(
     tally: _Tally,
     hardware: Hardware,
 ) -> SpeculationResult:
+    from skimp.engine.options import BY_MODEL
+
     (name, engine), (plain_name, plain) = own, base
     options, batch, params = engine.options, asked.batch, asked.params
     assert params.max_tokens is not None
@@ -271,7 +261,7 @@ def _result(
     before: float | None = None
     if served is not None:
         before = expected_guess(served.work, plain.work, hardware, batch, context)
-    elif options.speculate in WITHOUT_MODEL:
+    elif options.speculate not in BY_MODEL:
         before = 0.0  # a few dictionary entries, which the cost model does not know
     expected = None
     if before is not None:
@@ -285,8 +275,9 @@ def _result(
         plain=plain_name,
         speculate=options.speculate,
         draft_model=options.draft_model,
-        draft_rule=None if options.speculate in WITHOUT_MODEL else options.accepts_by,
+        draft_rule=options.accepts_by if options.speculate in BY_MODEL else None,
         longest_draft=options.longest_draft,
+        controlled=options.controls,
         draft_bytes=draft_bytes,
         category=asked.category,
         temperature=params.temperature,

@@ -20,6 +20,7 @@ class SpeculationResult:
     draft_model: str | None
     draft_rule: str | None  # by which guesses that a model drew stand
     longest_draft: int
+    controlled: bool  # how many are guessed follows from what it has been worth
     draft_bytes: int  # weights and cache that the draft model adds
     category: str
     temperature: float
@@ -73,6 +74,7 @@ class SpeculationResult:
             "draft_model": self.draft_model,
             "draft_rule": self.draft_rule,
             "longest_draft": self.longest_draft,
+            "draft_control": self.controlled,
             "draft_bytes": self.draft_bytes,
             "category": self.category,
             "temperature": self.temperature,

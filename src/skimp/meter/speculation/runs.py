@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
     from skimp.decoding.params import SamplingParams
     from skimp.engine import Engine
-
-WITHOUT_MODEL = ("lookup", "suffix")  # their guesses follow from the text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +150,39 @@ def answer(
 
 def forget(engine: Engine) -> None:
     """Drop what past requests left: their prefixes, and the answers that a proposer remembers."""
-    from skimp.engine.speculation import make_proposer
+    from skimp.decoding.suffix import Suffix
 
     proposer = engine.scheduler.proposer
-    served = getattr(proposer, "served", None)
-    if served is not None:
+    if isinstance(proposer, Suffix):
+        engine.scheduler.proposer = Suffix()
+    if (served := getattr(proposer, "served", None)) is not None:
         served.cache.clear_prefix()
-    elif engine.options.speculate in WITHOUT_MODEL:
-        engine.scheduler.proposer = make_proposer(engine.options, engine.spec, engine.tokenizer)
     engine.cache.clear_prefix()
+
+
+@contextmanager
+def guessing_by(engine: Engine, wrapped: Callable[[Proposer], Watch]) -> Iterator[None]:
+    """The engine's proposer inside another."""
+    own = engine.scheduler.proposer
+    assert own is not None, "this engine does not guess"
+    engine.scheduler.proposer = wrapped(own)
+    try:
+        yield
+    finally:
+        engine.scheduler.proposer = own
+
+
+@contextmanager
+def longest_always(engine: Engine) -> Iterator[None]:
+    """As many guesses as may be, and nothing learned of them by what controls their number."""
+    from skimp.engine.speculation import Lengths
+
+    own = engine._lengths
+    engine._lengths = Lengths(engine.options.longest_draft, None)
+    try:
+        yield
+    finally:
+        engine._lengths = own
 
 
 def _spent(engine: Engine) -> float:
