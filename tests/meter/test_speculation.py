@@ -99,8 +99,9 @@ def test_the_lengths_that_are_timed() -> None:
     assert lengths_timed(1) == (0, 1)
     assert lengths_timed(4) == (0, 1, 2, 4)
     assert lengths_timed(6) == (0, 1, 2, 4, 6)
-    # Six steps of each of five lengths, and what may be guessed beyond the last.
-    assert tokens_needed(EngineOptions(speculate="lookup"), 10) == 30 + 9
+    # Twelve steps of each of five lengths, and what may be guessed beyond the last.
+    assert tokens_needed(EngineOptions(speculate="lookup"), 10) == 60 + 9
+    assert tokens_needed(EngineOptions(), 10) == 10
     assert tokens_needed(EngineOptions(speculate="lookup"), 100) == 100
 
 
@@ -225,7 +226,7 @@ def test_where_nothing_is_guessed_there_is_no_cost_of_a_guess(
         def end(self, key) -> None:
             pass
 
-    silent = engine(directory, speculate="suffix", draft_tokens=2, max_context=64)
+    silent = engine(directory, speculate="suffix", draft_tokens=2, max_context=128)
     silent.scheduler.proposer = Silent()
     monkeypatch.setattr("skimp.meter.speculation.measure.forget", lambda one: None)
     (found,) = measure_speculation(
@@ -240,7 +241,7 @@ def test_where_nothing_is_guessed_there_is_no_cost_of_a_guess(
 
 def test_what_does_not_fit_is_refused_before_it_is_timed(directory: Path) -> None:
     plain = engine(directory)
-    lookup = engine(directory, speculate="lookup", max_context=64)
+    lookup = engine(directory, speculate="lookup", max_context=100)
 
     def measure(**options):
         given = {"new_tokens": 24, "rounds": 1, **options}
@@ -249,7 +250,7 @@ def test_what_does_not_fit_is_refused_before_it_is_timed(directory: Path) -> Non
     for options, named in (
         ({"new_tokens": 9}, "new_tokens: more than 9"),
         ({"rounds": 0}, "rounds: at least 1"),
-        ({"new_tokens": 60}, "prompts: 12 tokens and 60 new ones do not fit the 64 positions of x"),
+        ({"new_tokens": 90}, "prompts: 12 tokens and 90 new ones do not fit the 100 positions of"),
         ({"batch": 6}, "batch: 6 sequences exceed max_batch 4"),
     ):
         with pytest.raises(ValueError, match=named):

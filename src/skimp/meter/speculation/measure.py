@@ -1,7 +1,7 @@
 """Rounds that go through plain generation and every engine that guesses, in turn.
 
-In each round an engine first answers the first group of prompts for a few steps with scripted
-guesses of every length, which gives v(k), and then all groups with its own, as many as it chooses,
+In each round an engine first answers every group of prompts for a few steps with scripted guesses
+of every length, which gives v(k), and then all groups with its own, as many as it chooses,
 which gives c, what came true, and the achieved gain. What past answers left is dropped before
 either. A round's figures are ratios to the plain steps of that round, so that a slow minute of the
 machine cancels.
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from skimp.decoding.params import SamplingParams
     from skimp.engine import Engine, EngineOptions
 
-CYCLES = 6  # steps of each scripted length in a round
+TIMES = 12  # that each scripted length is timed in a round, over all groups
 Group = Sequence[tuple[int, ...]]
 
 
@@ -57,7 +57,7 @@ def tokens_needed(options: EngineOptions, new_tokens: int) -> int:
             f"new_tokens: more than {options.longest_draft + 1}, as a step of {options.speculate} "
             f"may give that many, not {new_tokens}"
         )
-    return max(new_tokens, _script_steps(options) + options.longest_draft + 1)
+    return max(new_tokens, _scripted_tokens(options, TIMES))
 
 
 def measure_speculation(
@@ -168,7 +168,7 @@ class _Tally:
             self.guesses.append(spent / lengths / (batch / plain_rate))
         same = (a == b for x, y in zip(plain, own.runs) for a, b in zip(x.answers, y.answers))
         self.same += same
-        beside = [step.seconds for step in plain[0].steps if step.tokens][: len(own.scripted)]
+        beside = [step.seconds for run in plain for step in run.steps if step.tokens]
         checks: dict[int, list[float]] = defaultdict(list)
         for step in own.scripted:
             if step.length == round(step.length):
@@ -189,8 +189,10 @@ def _require_fit(engine: Engine, chosen: Chosen, batch: int, new_tokens: int, na
     check_fit(engine.cache.arena, options, case, name)
 
 
-def _script_steps(options: EngineOptions) -> int:
-    return CYCLES * len(lengths_timed(options.longest_draft))
+def _scripted_tokens(options: EngineOptions, times: int) -> int:
+    """What a sequence may gain while each length is timed so often."""
+    steps = times * len(lengths_timed(options.longest_draft))
+    return steps + options.longest_draft + 1
 
 
 def _tokens_per_s(runs: Sequence[Run]) -> float:
@@ -199,12 +201,19 @@ def _tokens_per_s(runs: Sequence[Run]) -> float:
 
 def _round(engine: Engine, asked: _Asked) -> _Round:
     options = engine.options
-    lengths, steps = lengths_timed(options.longest_draft), _script_steps(options)
-    long_enough = replace(asked.params, max_tokens=steps + options.longest_draft + 1)
+    lengths = lengths_timed(options.longest_draft)
+    times = max(2, -(-TIMES // len(asked.groups)))
+    long_enough = replace(asked.params, max_tokens=_scripted_tokens(options, times))
+    # Up and down again, so that no length always comes after the same other one.
+    script = partial(
+        Script, lengths=(*lengths, *reversed(lengths)), vocab_size=engine.spec.vocab_size
+    )
+    scripted: list[TimedStep] = []
     forget(engine)
-    script = partial(Script, lengths=lengths, vocab_size=engine.spec.vocab_size)
     with longest_always(engine), guessing_by(engine, script):
-        scripted = answer(engine, asked.groups[0], long_enough, most_steps=steps)
+        for group in asked.groups:
+            found = answer(engine, group, long_enough, most_steps=times * len(lengths))
+            scripted += found.steps
     forget(engine)
     runs = []
     drafted: list[int] = []
@@ -215,7 +224,7 @@ def _round(engine: Engine, asked: _Asked) -> _Round:
             drafted = _added(drafted, engine.speculation.drafted)
             accepted = _added(accepted, engine.speculation.accepted)
     return _Round(
-        scripted=scripted.steps,
+        scripted=tuple(scripted),
         runs=tuple(runs),
         drafted=tuple(drafted),
         accepted=tuple(accepted),

@@ -72,9 +72,9 @@ class Watch:
 class Script(Watch):
     """Guesses as many tokens as it is told, a different number every step, hardly ever right.
 
-    The proposer itself guesses too, in vain: what it leaves in the processor's caches is part of
-    what a step costs, and where its guesses have laws the scripted ones have some as well, whose
-    checking costs more.
+    Before a step with guesses the proposer itself guesses too, in vain: what it leaves in the
+    processor's caches is part of what the step costs, and where its guesses have laws the scripted
+    ones have some as well, whose checking costs more.
     """
 
     def __init__(self, inner: Proposer, lengths: Sequence[int], vocab_size: int) -> None:
@@ -83,9 +83,9 @@ class Script(Watch):
         self._vocab_size = vocab_size
 
     def _propose(self, asks: Sequence[Ask]) -> list[Draft]:
-        found = self.inner.propose(asks)
-        laws = next((draft.laws for draft in found if draft.laws is not None), None)
         length = next(self._lengths)
+        found = self.inner.propose(asks) if length else []
+        laws = next((draft.laws for draft in found if draft.laws is not None), None)
         return [self._draft(ask, min(length, ask.most), laws) for ask in asks]
 
     def _draft(self, ask: Ask, length: int, like: Tensor | None) -> Draft:
