@@ -99,7 +99,7 @@ def test_the_lengths_that_are_timed() -> None:
     assert lengths_timed(1) == (0, 1)
     assert lengths_timed(4) == (0, 1, 2, 4)
     assert lengths_timed(6) == (0, 1, 2, 4, 6)
-    # Twelve steps of each of five lengths, and what may be guessed beyond the last.
+    # Two blocks of six steps of each of five lengths, and what may be guessed beyond the last.
     assert tokens_needed(EngineOptions(speculate="lookup"), 10) == 60 + 9
     assert tokens_needed(EngineOptions(), 10) == 10
     assert tokens_needed(EngineOptions(speculate="lookup"), 100) == 100

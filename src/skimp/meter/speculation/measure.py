@@ -9,9 +9,10 @@ machine cancels.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
     from skimp.decoding.params import SamplingParams
     from skimp.engine import Engine, EngineOptions
 
-TIMES = 12  # that each scripted length is timed in a round, over all groups
+BLOCK = 6  # scripted steps of one length in a row, of which the later half is timed
+MOST_BLOCKS, GROUPS = 2, 4  # of each length in a group; with so many groups one is enough
 Group = Sequence[tuple[int, ...]]
 
 
@@ -57,7 +59,7 @@ def tokens_needed(options: EngineOptions, new_tokens: int) -> int:
             f"new_tokens: more than {options.longest_draft + 1}, as a step of {options.speculate} "
             f"may give that many, not {new_tokens}"
         )
-    return max(new_tokens, _scripted_tokens(options, TIMES))
+    return max(new_tokens, _script_steps(options, MOST_BLOCKS) + options.longest_draft + 1)
 
 
 def measure_speculation(
@@ -189,10 +191,16 @@ def _require_fit(engine: Engine, chosen: Chosen, batch: int, new_tokens: int, na
     check_fit(engine.cache.arena, options, case, name)
 
 
-def _scripted_tokens(options: EngineOptions, times: int) -> int:
-    """What a sequence may gain while each length is timed so often."""
-    steps = times * len(lengths_timed(options.longest_draft))
-    return steps + options.longest_draft + 1
+def _script_steps(options: EngineOptions, blocks: int) -> int:
+    return blocks * BLOCK * len(lengths_timed(options.longest_draft))
+
+
+def _settled(steps: Sequence[TimedStep]) -> Iterator[TimedStep]:
+    """The later half of each row of steps of one length: what other work pushed out of the
+    processor's caches comes back only within several steps."""
+    for _, row in itertools.groupby(steps, key=lambda step: step.length):
+        own = list(row)
+        yield from own[len(own) // 2 :]
 
 
 def _tokens_per_s(runs: Sequence[Run]) -> float:
@@ -202,18 +210,19 @@ def _tokens_per_s(runs: Sequence[Run]) -> float:
 def _round(engine: Engine, asked: _Asked) -> _Round:
     options = engine.options
     lengths = lengths_timed(options.longest_draft)
-    times = max(2, -(-TIMES // len(asked.groups)))
-    long_enough = replace(asked.params, max_tokens=_scripted_tokens(options, times))
-    # Up and down again, so that no length always comes after the same other one.
+    blocks = 1 if len(asked.groups) >= GROUPS else MOST_BLOCKS
+    steps = _script_steps(options, blocks)
+    long_enough = replace(asked.params, max_tokens=steps + options.longest_draft + 1)
     script = partial(
-        Script, lengths=(*lengths, *reversed(lengths)), vocab_size=engine.spec.vocab_size
+        Script,
+        lengths=[length for length in lengths for _ in range(BLOCK)],
+        vocab_size=engine.spec.vocab_size,
     )
     scripted: list[TimedStep] = []
     forget(engine)
     with longest_always(engine), guessing_by(engine, script):
         for group in asked.groups:
-            found = answer(engine, group, long_enough, most_steps=times * len(lengths))
-            scripted += found.steps
+            scripted += _settled(answer(engine, group, long_enough, most_steps=steps).steps)
     forget(engine)
     runs = []
     drafted: list[int] = []
