@@ -3,7 +3,11 @@ known mistakes that the enumeration must find."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -24,7 +28,16 @@ from speculation_reference import (
     total_variation,
 )
 
-from skimp.decoding.accept import RULES, Block, Chain, DrawAndCompare, RatioTest, Rule, ends_after
+from skimp.decoding.accept import (
+    RULES,
+    Block,
+    Chain,
+    DrawAndCompare,
+    RatioTest,
+    Rule,
+    RuleName,
+    ends_after,
+)
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.process import draw, process
 from skimp.decoding.proposal import Draft
@@ -245,10 +258,10 @@ class Drawer:
         return [tuple(row.outputs[: GAMMA + 1]) for row in rows]
 
 
-def counts(drawer: Drawer, blocks: int, batch: int = 2048) -> Floats:
+def counts(drawer: Drawer, seeds: range, batch: int = 2048) -> Floats:
     found = np.zeros((V,) * (GAMMA + 1))
-    for first in range(0, blocks, batch):
-        tokens = np.array(drawer.sequences(range(first, min(first + batch, blocks))))
+    for first in range(seeds.start, seeds.stop, batch):
+        tokens = np.array(drawer.sequences(range(first, min(first + batch, seeds.stop))))
         np.add.at(found, tuple(tokens.T), 1)
     return found
 
@@ -256,17 +269,35 @@ def counts(drawer: Drawer, blocks: int, batch: int = 2048) -> Floats:
 SHIPPED = [("plain", {}), ("zeros", {"top_p": 0.8}), ("ties", PENALISED)]
 
 
-def check_drawn(name: str, case: int, blocks: int, device: str = "cpu") -> None:
+def shipped(case: int) -> Toy:
     kind, asked = SHIPPED[case]
-    toy = Toy(kind, 77 + case, asked)
-    drawer = Drawer(toy, RatioTest(Sampler(), RULES[name]), device)
-    assert chi_square(counts(drawer, blocks), block_law(toy.p)) > 1e-5
-    assert drawer.stood > blocks / 4
+    return Toy(kind, 77 + case, asked)
+
+
+def drawn(name: RuleName, case: int, device: str, seeds: range) -> tuple[Floats, int]:
+    """Counts of whole sequences, and how many guesses stood."""
+    drawer = Drawer(shipped(case), RatioTest(Sampler(), RULES[name]), device)
+    return counts(drawer, seeds), drawer.stood
+
+
+def check_drawn(
+    name: RuleName, case: int, blocks: int, device: str = "cpu", workers: int = 1
+) -> None:
+    parts = [range(i * blocks // workers, (i + 1) * blocks // workers) for i in range(workers)]
+    if workers == 1:
+        found = [drawn(name, case, device, parts[0])]
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            found = list(pool.map(partial(drawn, name, case, device), parts))
+    total = np.sum([counted for counted, _ in found], axis=0)
+    assert total.sum() == blocks
+    assert chi_square(total, block_law(shipped(case).p)) > 1e-5
+    assert sum(stood for _, stood in found) > blocks / 4
 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("case", range(len(SHIPPED)))
-def test_drawn_sequences_follow_the_law(name: str, case: int) -> None:
+def test_drawn_sequences_follow_the_law(name: RuleName, case: int) -> None:
     check_drawn(name, case, 6_000)
 
 
@@ -274,20 +305,20 @@ def test_drawn_sequences_follow_the_law(name: str, case: int) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize(("case", "blocks"), [(0, 1_300_000), (1, 60_000), (2, 150_000)])
-def test_many_drawn_sequences_follow_the_law(name: str, case: int, blocks: int) -> None:
+def test_many_drawn_sequences_follow_the_law(name: RuleName, case: int, blocks: int) -> None:
     check_drawn(name, case, blocks)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", RULES)
-def test_1_300_000_sequences_on_a_gpu(name: str) -> None:
-    check_drawn(name, 0, 1_300_000, "cuda")
+def test_1_300_000_sequences_on_a_gpu(name: RuleName) -> None:
+    check_drawn(name, 0, 1_300_000, "cuda", workers=min(12, os.cpu_count() or 1))
 
 
 def test_counting_finds_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("skimp.decoding.accept.ends_after", lambda p, q, share: p)
     drawer = Drawer(Toy("plain", 77), RatioTest(Sampler(), Chain()))
-    assert chi_square(counts(drawer, 10_000), block_law(Toy("plain", 77).p)) < 1e-9
+    assert chi_square(counts(drawer, range(10_000)), block_law(Toy("plain", 77).p)) < 1e-9
 
 
 # ---- rows of other kinds beside them ------------------------------------------------------------

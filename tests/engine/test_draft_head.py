@@ -80,14 +80,16 @@ class Reference:
         return torch.stack(found)
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["round by round", "ahead"])
 @pytest.mark.parametrize("words", [None, 100], ids=["all words", "some words"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["heads", "mixed"])
 def test_guesses_come_of_the_right_features(
-    mixed: bool, words: int | None, backend: str, monkeypatch: pytest.MonkeyPatch
+    mixed: bool, words: int | None, ahead: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = mixed_spec() if mixed else None
     options = dataclasses.replace(BASE, backend=backend, deterministic=False)  # type: ignore[arg-type]
     engine, proposer = with_head(options, spec, words=words)
+    proposer.runs_ahead = ahead
     reference, seen = Reference(spec, words), 0
     propose = proposer.propose
 

@@ -67,13 +67,17 @@ def test_compared_guesses_change_nothing(mixed: bool, backend: str) -> None:
         assert proposer.served.cache.stats().sequences == 0, name
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["round by round", "ahead"])
 @pytest.mark.parametrize("coupled", [True, False], ids=["match", "block"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["heads", "mixed"])
-def test_a_model_that_guesses_for_itself_is_always_right(coupled: bool, mixed: bool) -> None:
+def test_a_model_that_guesses_for_itself_is_always_right(
+    coupled: bool, mixed: bool, ahead: bool
+) -> None:
     """Its rows must then stand at the right places of its cache, whatever was refused before."""
     spec = mixed_spec() if mixed else None
     rule = dataclasses.replace(BASE, deterministic=False)
-    engine, _ = drafting(rule, spec, seed=0, coupled=coupled)
+    engine, proposer = drafting(rule, spec, seed=0, coupled=coupled)
+    proposer.runs_ahead = ahead
     if not coupled:
         use_rule(engine, "block")
     serve(engine, requests_of("native"))

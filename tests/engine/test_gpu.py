@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import random_requests, tiny_decoder, tiny_spec
+from tiny_models import mixed_spec, random_requests, tiny_decoder, tiny_head, tiny_spec
 
 from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
+from skimp.engine.draft_model import DraftModel
+from skimp.engine.drafting import ModelProposer
 from skimp.model.spec import ExpertsSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -81,3 +83,61 @@ def test_experts_of_graphs_follow_the_router(fused: bool) -> None:
         outs = engine.generate([p for p, _ in requests], [s for _, s in requests])
         found.append([out.outputs[0].token_ids for out in outs])
     assert found[0] == found[1]
+
+
+def guessing(
+    speculate: str, options: EngineOptions, *, mixed: bool = False, seed: int = 1
+) -> Engine:
+    """A tiny engine of which ``draft`` guesses with another tiny model, ``head`` with a random
+    head, both compared with what the target draws."""
+    spec = mixed_spec() if mixed else None
+    target = tiny_decoder(spec)
+    if speculate == "draft":
+        draft = DraftModel(tiny_decoder(seed=seed), options, coupled=True)
+        return Engine(target, None, options, proposer=draft)
+    fields: dict[str, str] = {"speculate": speculate}
+    if speculate == "head":
+        fields |= {"draft_model": "given", "draft_rule": "match"}
+    chosen = dataclasses.replace(options, **fields)  # type: ignore[arg-type]
+    head = tiny_head(spec, words=200) if speculate == "head" else None
+    return Engine(target, None, chosen, draft_head=head)
+
+
+@pytest.mark.parametrize("control", [False, None], ids=["always", "as it pays"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["heads", "mixed"])
+@pytest.mark.parametrize("speculate", ["lookup", "draft", "head"])
+def test_guesses_change_no_token(speculate: str, mixed: bool, control: bool | None) -> None:
+    """Steps with guesses are replayed too, and lie between steps that overlap."""
+    requests = random_requests(24, seed=4, max_prompt=100, max_output=60)
+    requests += [
+        ([3 + i, 4, 5, 6] * 4, SamplingParams(max_tokens=60, temperature=0.0)) for i in range(12)
+    ]
+    spec = mixed_spec() if mixed else None
+    engine = Engine(tiny_decoder(spec), None, CPU)
+    prompts, params = [p for p, _ in requests], [s for _, s in requests]
+    wanted = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]
+    options = dataclasses.replace(GPU, draft_control=control)
+    engine = guessing(speculate, options, mixed=mixed)
+    for _ in range(2):
+        found = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]
+        assert found == wanted
+    engine.cache.audit()
+    assert engine.cache.stats().sequences == 0
+    if control is False:
+        assert sum(engine.speculation.drafted) > 100
+        assert engine.speculation.steps > 0
+        proposer = engine.scheduler.proposer
+        if isinstance(proposer, ModelProposer):
+            assert proposer.runs_ahead
+            proposer.served.cache.audit()
+            assert proposer.served.cache.stats().sequences == 0
+
+
+def test_a_model_that_guesses_for_itself_is_always_right() -> None:
+    """Greedy in float32: rows of a replayed step stand where single rows would."""
+    options = dataclasses.replace(GPU, draft_control=False, draft_tokens=5)
+    engine = guessing("draft", options, seed=0)
+    prompts = [[5, 6, 7], [9] * 20, [1, 2], [4]]
+    engine.generate(prompts, SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
+    assert sum(engine.speculation.drafted) > 100
+    assert engine.speculation.accepted == engine.speculation.drafted

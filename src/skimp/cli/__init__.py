@@ -13,6 +13,7 @@ def make_app() -> typer.Typer:
     """The ``skimp`` command with all its subcommands."""
     from skimp.cli.bench import bench
     from skimp.cli.chat import chat
+    from skimp.cli.draft import app as draft
     from skimp.cli.errors import OneLineErrors
     from skimp.cli.evaluate import evaluate
     from skimp.cli.generate import generate
@@ -43,6 +44,7 @@ def make_app() -> typer.Typer:
     app.command()(price)
     app.command()(info)
     app.command()(shrink)
+    app.add_typer(draft, name="draft")
     app.command()(verify)
     return app
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from skimp.decoding.process import (
@@ -54,6 +55,45 @@ class DeferredDraws:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeviceDraws:
+    """One token a row, int32 or int64 [L], and what it was drawn from, all on the device: the rows'
+    maxima float32 [L], and of the rows ``sampled`` the laws, float64 [S, V], not normalised."""
+
+    tokens: Tensor
+    top: Tensor
+    sampled: list[int]
+    weights: Tensor | None
+
+
+def draw_on_device(
+    logits: Tensor,
+    rows: Sequence[RowState],
+    numbers: Sequence[float] | NDArray[np.float64],
+    highest: tuple[Tensor, Tensor] | None = None,
+) -> DeviceDraws:
+    """Draw one token for each row of ``logits`` [L, V] float32 by its number in [0, 1), without
+    waiting. A row that cannot be drawn from gets some token. ``highest``: the rows' maxima and
+    where they are, if the backend has found them already."""
+    top, tokens = logits.max(dim=-1) if highest is None else highest
+    sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0.0]
+    if not sampled:
+        return DeviceDraws(tokens=tokens, top=top, sampled=sampled, weights=None)
+    chosen = [rows[i] for i in sampled]
+    scales = np.array([inverse_temperature(row.params) for row in chosen])
+    floors = np.array([row.params.min_p for row in chosen])
+    device = logits.device
+    table = to_device(np.stack((np.asarray(numbers)[sampled], scales, floors)), device)
+    part, most, index = logits, top, None
+    if len(sampled) < len(rows):
+        index = to_device(np.array(sampled, dtype=np.int64), device)
+        part, most = logits[index], top[index]
+    weights = unwaited_weights(part, most, table[1], table[2], chosen)
+    found = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1).to(tokens.dtype)
+    tokens = found if index is None else tokens.index_copy(0, index, found)
+    return DeviceDraws(tokens=tokens, top=top, sampled=sampled, weights=weights)
+
+
 def draw_deferred(
     logits: Tensor,
     rows: Sequence[RowState],
@@ -61,35 +101,20 @@ def draw_deferred(
     drawn: Tensor,
     highest: tuple[Tensor, Tensor] | None = None,
 ) -> DeferredDraws:
-    """Draw one token for each row of ``logits`` [L, V] float32 into ``drawn`` int32 [>= L].
+    """:func:`draw_on_device` into ``drawn`` int32 [>= L], from where the next step reads.
 
     ``ahead[i]`` is 1 if the row's last token is itself still on its way. A row that cannot be drawn
-    from gets some token, so that the next step has one to read, and an error when it arrives.
-    ``highest``: the rows' maxima and where they are, if the backend has found them already.
+    from gets an error when its token arrives.
     """
     count = len(rows)
     host, arrived = None, None
     if logits.is_cuda:  # what can fail comes before ``drawn`` is written
         host = torch.empty(2, count, dtype=torch.int32, pin_memory=True)
         arrived = torch.cuda.Event()
-    top, tokens = logits.max(dim=-1) if highest is None else highest
-    sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0.0]
-    if sampled:
-        chosen = [rows[i] for i in sampled]
-        positions = [rows[i].position + ahead[i] for i in sampled]
-        numbers = uniforms([row.key for row in chosen], positions, Purpose.SAMPLE)
-        scales = np.array([inverse_temperature(row.params) for row in chosen])
-        floors = np.array([row.params.min_p for row in chosen])
-        device = logits.device
-        table = to_device(np.stack((numbers, scales, floors)), device)
-        part, most, index = logits, top, None
-        if len(sampled) < count:
-            index = to_device(np.array(sampled, dtype=np.int64), device)
-            part, most = logits[index], top[index]
-        weights = unwaited_weights(part, most, table[1], table[2], chosen)
-        found = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1).to(tokens.dtype)
-        tokens = found if index is None else tokens.index_copy(0, index, found)
-    result = torch.stack((tokens.to(torch.int32), top.view(torch.int32)))
+    positions = [row.position + late for row, late in zip(rows, ahead)]
+    numbers = uniforms([row.key for row in rows], positions, Purpose.SAMPLE)
+    found = draw_on_device(logits, rows, numbers, highest)
+    result = torch.stack((found.tokens.to(torch.int32), found.top.view(torch.int32)))
     drawn[:count] = result[0]
     if host is None or arrived is None:
         return DeferredDraws(host=result, arrived=None)

@@ -83,26 +83,38 @@ class HeadProposer(ModelProposer):
         self.served.cache.commit(seq.cache, kept, seq.tokens[guess.start : stop])
         seq.written = 0
 
+    def _highest(self) -> tuple[Tensor, Tensor] | None:
+        return super()._highest() if self._words is None else None
+
     def _logits(self, work: Sequence[GuessRows]) -> Tensor:
         runner = self.served.runner
-        own = runner.backend.features()
-        parts = []
-        for rows in work:
-            guess, given = rows.guess, rows.guess.ask.features
-            assert given is not None
-            offset = rows.start - guess.start
-            if offset < len(given):
-                parts.append(given[offset : offset + rows.num_tokens])
-            else:
-                assert own is not None
-                parts.append(own[guess.last_row : guess.last_row + 1])
+        features = self._features(work)
         row = 0
         for rows in work:
             row += rows.num_tokens
             rows.guess.last_row = row - 1
-        logits = runner.run(work, torch.cat(parts))
+        logits = runner.run(work, features)
         if self._words is None:
             return logits
         whole = logits.new_full((len(logits), self._vocab_size), float("-inf"))
         whole[:, self._words] = logits
         return whole
+
+    def _features(self, work: Sequence[GuessRows]) -> Tensor:
+        """What the rows go on from: the target's as long as there are any, then the head's own."""
+        own = self.served.runner.backend.features()
+        parts, lasts = [], []
+        for rows in work:
+            given = rows.guess.ask.features
+            assert given is not None
+            offset = rows.start - rows.guess.start
+            if offset < len(given):
+                parts.append(given[offset : offset + rows.num_tokens])
+            else:
+                assert own is not None
+                last = rows.guess.last_row
+                lasts.append(last)
+                parts.append(own[last : last + 1])
+        if own is not None and lasts == list(range(len(work))):
+            return own[: len(work)]
+        return torch.cat(parts)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from skimp.cache import CacheSequence
-from skimp.decoding.process import draw, process
+from skimp.decoding.deferred import DeviceDraws, deferrable, draw_on_device
+from skimp.decoding.process import draw, judge, process
 from skimp.decoding.proposal import EMPTY, Ask, Draft
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.engine.request import Flying
@@ -30,7 +31,7 @@ class DraftedSequence:
         self.cache, self.base = cache, base
         self.tokens: list[int] = []
         self.written = 0
-        self.flying: Flying | None = None  # it never is: the host sees every guess
+        self.flying: Flying | None = None  # its last guess, in rounds that run ahead
 
 
 @dataclass
@@ -75,12 +76,14 @@ class ModelProposer(ABC):
 
     What it draws with is what the request asks of the target, so laws are alike. ``coupled`` draws
     with the target's own random numbers and records no law: the target then draws for itself, and
-    where both laws are alike both draw the same.
+    where both laws are alike both draw the same. ``runs_ahead``: where it can the host waits once
+    for all rounds, as a GPU wants it.
     """
 
     def __init__(self, served: ServedModel, *, coupled: bool) -> None:
         self.served = served
         self._coupled = coupled
+        self.runs_ahead = served.runner.buffers.arena.is_cuda
         self._known: dict[Hashable, DraftedSequence] = {}
 
     @abstractmethod
@@ -91,6 +94,10 @@ class ModelProposer(ABC):
     def _logits(self, work: Sequence[GuessRows]) -> Tensor:
         """Run a round: float32 [L, V], of the target's vocabulary."""
 
+    def _highest(self) -> tuple[Tensor, Tensor] | None:
+        """Of these logits, the maxima and where they are, if a backend has found them."""
+        return self.served.runner.backend.highest()
+
     @abstractmethod
     def _end_of(self, guess: Guess) -> None:
         """A draft is made: keep what will not change."""
@@ -98,6 +105,9 @@ class ModelProposer(ABC):
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         guesses = [self._begin(ask) for ask in asks]
         active = [guess for guess in guesses if guess is not None]
+        if active and self._may_run_ahead(active):
+            self._run_ahead(active)
+            active = []
         with self.served.runner.sampling_threads():
             while active:
                 work = self._next_rows(active)
@@ -138,7 +148,8 @@ class ModelProposer(ABC):
         tokens = processed.best.tolist()
         weights, sampled = processed.weights, processed.sampled
         if weights is not None:
-            numbers = self._numbers([drawing[i] for i in sampled])
+            some = [drawing[i] for i in sampled]
+            numbers = self._numbers(some, [len(guess.tokens) for guess in some])
             found = draw(weights, torch.from_numpy(numbers).to(weights.device)).tolist()
             for i, token in zip(sampled, found):
                 tokens[i] = token
@@ -153,9 +164,60 @@ class ModelProposer(ABC):
             guess.seq.tokens.append(tokens[i])
             guess.done = len(guess.tokens) == guess.ask.most
 
-    def _numbers(self, guesses: Sequence[Guess]) -> NDArray[np.float64]:
+    def _may_run_ahead(self, guesses: Sequence[Guess]) -> bool:
+        """When all begin with the first round and none needs the host to draw."""
+        if not self.runs_ahead:
+            return False
+        buffers = self.served.runner.buffers
+        waiting = sum(len(guess.seq.tokens) - guess.seq.cache.length for guess in guesses)
+        return waiting <= buffers.max_rows and all(
+            deferrable(guess.ask.row, 0) for guess in guesses
+        )
+
+    def _run_ahead(self, guesses: Sequence[Guess]) -> None:
+        """All rounds, each reading on the device what the one before drew there; the host waits
+        once, for all tokens."""
+        drawn = self.served.runner.buffers.drawn
+        rounds: list[tuple[list[Guess], DeviceDraws]] = []
+        work = self._next_rows(guesses)
+        for lead in range(max(guess.ask.most for guess in guesses)):
+            drawing = [guess for guess in guesses if guess.ask.most > lead]
+            if lead:
+                work = [GuessRows(g, g.seq.cache.length + g.seq.written, 1, 1) for g in drawing]
+            logits = self._logits(work)
+            numbers = self._numbers(drawing, [lead] * len(drawing))
+            rows = [guess.ask.row for guess in drawing]
+            draws = draw_on_device(logits, rows, numbers, self._highest())
+            drawn[: len(drawing)] = draws.tokens
+            rounds.append((drawing, draws))
+            for part in work:
+                part.seq.written += part.num_tokens
+            for place, guess in enumerate(drawing):
+                guess.seq.flying = Flying(lead, place)
+        found = torch.cat([torch.stack((d.tokens.float(), d.top), 1) for _, d in rounds]).tolist()
+        place = 0
+        for drawing, draws in rounds:
+            laws = draws.weights
+            if laws is not None and not self._coupled:
+                laws = laws / laws.sum(dim=-1, keepdim=True)
+            of = dict(zip(draws.sampled, range(len(draws.sampled))))
+            for i, guess in enumerate(drawing):
+                token, top = found[place + i]
+                guess.done = guess.done or judge(top, top) is not None
+                if guess.done:
+                    continue
+                guess.tokens.append(int(token))
+                guess.seq.tokens.append(int(token))
+                if laws is not None and not self._coupled and i in of:
+                    guess.laws.append(laws[of[i]])
+            place += len(drawing)
+        for guess in guesses:
+            seq = guess.seq
+            seq.flying = None
+            seq.written = min(seq.written, len(seq.tokens) - seq.cache.length)
+
+    def _numbers(self, guesses: Sequence[Guess], leads: Sequence[int]) -> NDArray[np.float64]:
         keys = [guess.ask.row.key for guess in guesses]
-        leads = [len(guess.tokens) for guess in guesses]
         positions = [guess.ask.row.position + lead for guess, lead in zip(guesses, leads)]
         if self._coupled:
             return uniforms(keys, positions, Purpose.SAMPLE)

@@ -228,10 +228,10 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
             f"{extra[0].file}: the config has no place for tensor {extra[0].name!r}{more}"
         )
     for name, tensor in dense.items():
-        _check_stored(tensor, Part((shapes[name],), FLOATS))
+        check_stored(tensor, Part((shapes[name],), FLOATS))
     for name, found in parts.items():
         for part, tensor in found.items():
-            _check_stored(tensor, wanted[name][part])
+            check_stored(tensor, wanted[name][part])
             if name in dense:
                 first = dense[name].name
                 raise CheckpointError(f"{tensor.file}: {tensor.name!r} and {first!r} are the same")
@@ -239,7 +239,8 @@ def load_stored(directory: Path | str, spec: ModelSpec, decoder: Decoder) -> Sto
     return Stored(dense=dense, parts=parts, formats=spec.formats, shapes=shapes, spelling=speller)
 
 
-def _check_stored(tensor: StoredTensor, wanted: Part) -> None:
+def check_stored(tensor: StoredTensor, wanted: Part) -> None:
+    """CheckpointError if a tensor has another shape or dtype."""
     if tensor.shape not in wanted.shapes:
         raise CheckpointError(
             f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, "

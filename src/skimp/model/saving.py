@@ -77,8 +77,7 @@ def save_checkpoint(
     the directory is taken.
     """
     directory = Path(directory)
-    if directory.is_symlink() or (directory.exists() and not _is_empty(directory)):
-        raise CheckpointError(f"{directory}: exists already and is not an empty directory")
+    check_free(directory)
     if isinstance(tensors, nn.Module):
         tensors = module_tensors(tensors)
     pieces = _pieces(spec, tensors)
@@ -86,7 +85,7 @@ def save_checkpoint(
     if len(dtypes) == 1:
         spec = dataclasses.replace(spec, dtype=str(dtypes.pop()).removeprefix("torch."))
     config = families.to_config(spec)  # before any work, since the class may not be able to
-    with _appearing(directory) as partial:
+    with appearing(directory) as partial:
         if tokenizer_files_from is not None:
             _copy_companions(Path(tokenizer_files_from), partial)
         shards = _plan(pieces, shard_bytes)
@@ -250,13 +249,17 @@ def flush(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _is_empty(directory: Path) -> bool:
-    return directory.is_dir() and not any(directory.iterdir())
+def check_free(directory: Path) -> None:
+    """CheckpointError if ``directory`` is there and not empty."""
+    empty = directory.is_dir() and not any(directory.iterdir())
+    if directory.is_symlink() or (directory.exists() and not empty):
+        raise CheckpointError(f"{directory}: exists already and is not an empty directory")
 
 
 @contextlib.contextmanager
-def _appearing(directory: Path) -> Iterator[Path]:
-    """A hidden sibling that becomes ``directory`` if the block succeeds, and is removed if not."""
+def appearing(directory: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A hidden sibling that becomes ``directory`` if the block succeeds, and is removed if not.
+    ``replace``: what is at ``directory`` goes when the new one is whole."""
     parent = directory.absolute().parent
     partial = parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
     try:
@@ -268,7 +271,13 @@ def _appearing(directory: Path) -> Iterator[Path]:
         try:
             yield partial
             sync_directory(partial)
-            partial.rename(directory)
+            if replace and directory.exists():
+                old = partial.with_suffix(".old")
+                directory.rename(old)
+                partial.rename(directory)
+                shutil.rmtree(old)
+            else:
+                partial.rename(directory)
         except OSError as error:
             raise CheckpointError(f"{directory}: not written: {error}") from error
     except BaseException:

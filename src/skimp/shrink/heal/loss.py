@@ -50,6 +50,11 @@ def teacher_logits(decoder: Decoder, step: StepInputs, ops: Ops) -> Logits:
     """The logits of a decoder that learns nothing, for :func:`divergence`."""
     with torch.no_grad():
         x_RD = decoder.states(step, ops)
+    return logits_of(decoder, x_RD, step, ops)
+
+
+def logits_of(decoder: Decoder, x_RD: Tensor, step: StepInputs, ops: Ops) -> Logits:
+    """The same of ``x_RD``, what left its last layer."""
 
     def logits(first: int, last: int) -> Tensor:
         rows = torch.arange(first, last, dtype=torch.int32, device=x_RD.device)

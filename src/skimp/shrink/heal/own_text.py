@@ -6,8 +6,9 @@ no data is needed. Each document has a seed of its own, and is made once: saves 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -15,46 +16,51 @@ from torch import Tensor
 
 from skimp.errors import ShrinkError
 from skimp.shrink.heal.data import begin_ids
-from skimp.shrink.step import Whole
 from skimp.text import Tokenizer
 
-if TYPE_CHECKING:
-    from skimp.shrink.heal.step import Heal
-
 TOGETHER: Final = {"cpu": 64, "cuda": 512}  # documents
-MOST_TOKENS: Final = 1 << 20  # unless the recipe says how many
+MOST_TOKENS: Final = 1 << 20  # unless the user says how many
 TOKENS: Final = "own_text"
 LENGTHS: Final = "own_text_lengths"
 TEXT_TENSORS: Final = (TOKENS, LENGTHS)
 
 
-def write_text(step: Heal, whole: Whole) -> dict[str, Tensor]:
-    """Documents of at most ``longest`` tokens until there are ``self_tokens``: their ids one after
-    another, and their lengths, int32."""
+def write_text(
+    directory: Path,
+    tokens: int,
+    *,
+    longest: int,
+    dtype: Literal["float32", "bfloat16"],
+    device: Literal["cpu", "cuda"],
+    seed: int,
+    tell: Callable[[int, int], None] = lambda done, wanted: None,
+) -> dict[str, Tensor]:
+    """Documents of at most ``longest`` tokens by the model of ``directory`` until there are
+    ``tokens``: their ids one after another, and their lengths, int32. ``tell`` hears how many of
+    how many are written. Raises ShrinkError if the model writes nothing."""
     from skimp.decoding.params import SamplingParams
     from skimp.engine import Engine, EngineOptions
 
-    wanted = step.self_tokens or min(step.tokens, MOST_TOKENS)
-    tokenizer = Tokenizer.load(whole.directory)
+    tokenizer = Tokenizer.load(directory)
     begin = begin_ids(tokenizer)
-    random = np.random.default_rng(whole.seed)
+    random = np.random.default_rng(seed)
     ordinary = sorted(set(range(tokenizer.vocab_size)) - tokenizer.control_ids)
-    together = TOGETHER[step.device]
+    together = TOGETHER[device]
     options = EngineOptions(
-        dtype=step.computes_in,
-        device=step.device,
+        dtype=dtype,
+        device=device,
         threads=torch.get_num_threads(),
         max_batch=together,
-        max_context=step.longest,
+        max_context=longest,
     )
-    engine = Engine.load(whole.directory, options)
+    engine = Engine.load(directory, options)
     docs: list[list[int]] = []
     size = 0
-    while size < wanted:
+    while size < tokens:
         # Where nothing begins a text, a token drawn at random does.
         prompts = [begin or [int(random.choice(ordinary))] for _ in range(together)]
         params = [
-            SamplingParams(max_tokens=step.longest - len(prompt), seed=len(docs) + i)
+            SamplingParams(max_tokens=longest - len(prompt), seed=len(docs) + i)
             for i, prompt in enumerate(prompts)
         ]
         found = [
@@ -62,10 +68,10 @@ def write_text(step: Heal, whole: Whole) -> dict[str, Tensor]:
             for prompt, out in zip(prompts, engine.generate(prompts, params))
         ]
         if all(len(doc) == len(prompt) for doc, prompt in zip(found, prompts)):
-            raise ShrinkError(f"text: {step.text}: the original writes nothing")
+            raise ShrinkError("text: self: the original writes nothing")
         docs += found
         size += sum(map(len, found))
-        whole.progress(0, f"{min(size, wanted):,} of {wanted:,} tokens written by the original")
+        tell(min(size, tokens), tokens)
     flat = np.fromiter((token for doc in docs for token in doc), dtype=np.int32)
     lengths = np.array([len(doc) for doc in docs], dtype=np.int32)
     return {TOKENS: torch.from_numpy(flat), LENGTHS: torch.from_numpy(lengths)}

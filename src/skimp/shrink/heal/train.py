@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -29,7 +28,8 @@ from skimp.shrink.heal.data import (
     step_inputs,
 )
 from skimp.shrink.heal.loss import divergence, teacher_logits
-from skimp.shrink.heal.own_text import TEXT_TENSORS, from_tensors, write_text
+from skimp.shrink.heal.optimizer import Optimizer, training_settings
+from skimp.shrink.heal.own_text import MOST_TOKENS, TEXT_TENSORS, from_tensors, write_text
 from skimp.shrink.heal.schedule import Part, has_settled, rate
 from skimp.shrink.heal.weights import Adapter, Weights, build
 from skimp.shrink.step import Tensors, Whole
@@ -38,7 +38,6 @@ from skimp.text import Tokenizer
 if TYPE_CHECKING:
     from skimp.shrink.heal.step import Heal
 
-MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 LEAST_HELD_OUT, MOST_HELD_OUT = 512, 16384  # tokens, unless the recipe says how many
 HELD_OUT_SHARE: Final = 20  # the text's tokens over them, at least
 SELF: Final = "self"
@@ -121,7 +120,7 @@ class Healer:
     def run(self) -> Tensors:
         """The healed model's tensors."""
         saved = self._whole.saved
-        with _settings(self._device):
+        with training_settings(self._device):
             if saved is not None:
                 self._weights.load(saved.tensors)
                 self._own_text = {
@@ -150,14 +149,19 @@ class Healer:
         self._note_rounds(size - held_tokens)
         if not self._rows:
             self._add_row(self._parts[0].name, 0.0, self._measure())
-        optimizer: _Optimizer | None = None
+        optimizer: Optimizer | None = None
         for index, part in enumerate(self._parts):
             if index < self._progress.part or (part.layerwise and not self._changed):
                 continue
             if index > self._progress.part:
                 self._progress = self._progress.beyond(index)
             if optimizer is None or self._parts[index - 1].layerwise:
-                optimizer = _Optimizer(step, self._of_part(part))
+                optimizer = Optimizer(
+                    self._of_part(part),
+                    betas=step.betas,
+                    weight_decay=step.weight_decay,
+                    clip=step.clip,
+                )
                 if saved is not None and index == started and self._progress.updates:
                     optimizer.load(saved.tensors, self._progress.updates)
                 else:
@@ -171,7 +175,7 @@ class Healer:
         self._whole.note(self._summary())
         self._save(None, {})
 
-    def _optimise(self, part: Part, stream: Stream, optimizer: _Optimizer) -> None:
+    def _optimise(self, part: Part, stream: Stream, optimizer: Optimizer) -> None:
         """One optimiser step, and what is due after it."""
         step, at = self._step, self._progress
         sequences, cursor = stream.take(step.batch, Cursor(**at.cursor))
@@ -257,9 +261,25 @@ class Healer:
         if self._step.text != SELF:
             return read_texts(self._step, self._whole.original, self._whole.directory)
         if fresh:
-            self._own_text = write_text(self._step, self._whole)
+            self._own_text = self._write_text()
             self._save(self._progress, {})
         return from_tensors(self._own_text)
+
+    def _write_text(self) -> dict[str, Tensor]:
+        step, whole = self._step, self._whole
+
+        def tell(done: int, wanted: int) -> None:
+            whole.progress(0, f"{done:,} of {wanted:,} tokens written by the original")
+
+        return write_text(
+            whole.directory,
+            step.self_tokens or min(step.tokens, MOST_TOKENS),
+            longest=step.longest,
+            dtype=step.computes_in,
+            device=step.device,
+            seed=whole.seed,
+            tell=tell,
+        )
 
     def _note_rounds(self, tokens: int) -> None:
         rounds = self._step.steps * self._step.batch / tokens
@@ -315,50 +335,6 @@ class Healer:
         )
 
 
-class _Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) over masters; norms and biases do not decay."""
-
-    def __init__(self, step: Heal, masters: dict[str, Tensor]) -> None:
-        self._masters, self._clip = masters, step.clip
-        self.updates = 0
-        matrices = [m for m in masters.values() if m.dim() > 1]
-        others = [m for m in masters.values() if m.dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": step.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], betas=step.betas, fused=True
-        )
-
-    def update(self, lr: float, where: str) -> None:
-        """One step down the gradients, which are gone after it."""
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), self._clip)
-        if not bool(norm.isfinite()):
-            raise ShrinkError(f"lr: the gradient is not finite at {where}; lower it")
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
-        self._adamw.zero_grad()
-        self.updates += 1
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The moments, to be saved."""
-        return {
-            f"{name}:{moment}": self._adamw.state[master][moment]
-            for name, master in self._masters.items()
-            for moment in MOMENTS
-        }
-
-    def load(self, tensors: Any, updates: int) -> None:
-        """Inverse of :meth:`tensors`."""
-        self.updates = updates
-        for name, master in self._masters.items():
-            moments = {m: tensors[f"{name}:{m}"].to(master.device, copy=True) for m in MOMENTS}
-            count = torch.tensor(float(updates), device=master.device)
-            self._adamw.state[master] = {"step": count, **moments}
-
-
 def _held_out(step: Heal, size: int) -> int:
     """Tokens of a text of ``size`` that are worth holding out: all measurements together take a
     fifth of the training's time at most, a token's forward through both models being half of it."""
@@ -384,19 +360,3 @@ def _changed(whole: Whole) -> list[int]:
 def _same(a: Any, b: Any) -> bool:
     both = isinstance(a, Tensor) and isinstance(b, Tensor)
     return both and a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b))
-
-
-@contextlib.contextmanager
-def _settings(device: torch.device) -> Iterator[None]:
-    """No time is spent on filling new memory; on a GPU products need not repeat bit for bit."""
-    settings: Any = torch.utils.deterministic
-    fill = settings.fill_uninitialized_memory
-    strict = torch.are_deterministic_algorithms_enabled()
-    settings.fill_uninitialized_memory = False
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        settings.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(strict)

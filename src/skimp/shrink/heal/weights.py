@@ -15,7 +15,7 @@ from functools import partial
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from skimp.formats.weight import QuantizedWeight
 from skimp.kernels.plain import PlainOps
@@ -57,9 +57,9 @@ def build(
     return decoder.bind(PlainOps(dtype=compute), max_positions=positions)
 
 
-def computing(decoder: Decoder, name: str, compute: torch.dtype) -> torch.dtype:
+def computing(model: nn.Module, name: str, compute: torch.dtype) -> torch.dtype:
     """The dtype that a parameter computes in."""
-    module = decoder.get_submodule(name.rpartition(".")[0])
+    module = model.get_submodule(name.rpartition(".")[0])
     return compute if isinstance(module, Linear) else torch.float32
 
 
@@ -81,12 +81,12 @@ class Adapter:
 
 
 class Weights:
-    """The student's parameters called ``names``, trained; the others stay. ``tensors`` are those
-    the student began with. ``keep_zeros``: weights of matrices that are exactly 0 stay 0."""
+    """A model's parameters called ``names``, trained; the others stay. ``tensors`` are those it
+    began with. ``keep_zeros``: weights of matrices that are exactly 0 stay 0."""
 
     def __init__(
         self,
-        decoder: Decoder,
+        model: nn.Module,
         tensors: Tensors,
         names: Iterable[str],
         *,
@@ -100,7 +100,7 @@ class Weights:
         self.masters: dict[str, Tensor] = {}
         self._bases: dict[str, Tensor] = {}  # of adapters, as they are stored
         self._units: dict[str, Tensor] = {}  # [rows, 1], of matrices with tiny rows
-        self._parameters = dict(decoder.named_parameters())
+        self._parameters = dict(model.named_parameters())
         for name in self._names:
             parameter = self._parameters[name].requires_grad_()
             start = _dense(tensors, name)
