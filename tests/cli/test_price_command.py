@@ -35,7 +35,7 @@ def test_json_markdown_and_page(skimp, model_dir: Path, text: Path, tmp_path: Pa
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert set(found) == {"base", "rows"}
+    assert set(found) == {"base", "rows", "speculation"} and found["speculation"] == []
     (row,) = found["rows"]
     for each in (found["base"], row):
         assert set(each) >= ROW

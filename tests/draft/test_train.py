@@ -73,7 +73,7 @@ def test_what_is_written(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_again(model: Path, tmp_path: Path) -> None:
-    """Bit for bit; and micro-batches add up."""
+    """Bit for bit, on one thread."""
     for name in ("a", "b"):
         train(model, tmp_path / name, tokens=1024)
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b"))

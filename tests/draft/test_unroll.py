@@ -127,7 +127,7 @@ def test_rows_within_their_documents() -> None:
 
 
 def test_gradients_reach_every_parameter() -> None:
-    """And are those of the same computation in float64, taken by differences."""
+    """And are the slopes that differences give."""
     decoder = tiny_decoder()
     decoder.bind(PlainOps())
     head = tiny_head(decoder.spec)

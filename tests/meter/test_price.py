@@ -39,6 +39,7 @@ from skimp.meter.price import (
 from skimp.meter.probe import FormatRefused
 from skimp.meter.quality import QualityResult
 from skimp.meter.report import as_markdown, as_text, write_html
+from skimp.meter.report.charts import _short
 from skimp.meter.report.table import tables
 from skimp.meter.score import share
 from skimp.meter.speed import Case, SpeedResult, bench_together
@@ -256,6 +257,11 @@ def test_a_curve_of_healing_is_drawn_where_there_is_one(tmp_path: Path) -> None:
     assert row["healing"] == [
         [{"tokens": 0, "held_out_kl": 0.5}, {"tokens": 1000, "held_out_kl": 0.25}]
     ]
+
+
+def test_charts_name_models_without_their_directories() -> None:
+    assert _short("/a/b/int4/") == "int4" and _short("tales") == "tales"
+    assert _short("a/m@speculate=draft,draft_model=/x/y") == "m@speculate=draft,draft_model=y"
 
 
 def test_a_loss_whose_interval_holds_zero_is_inside_the_noise() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from skimp.cli import options as opt
+from skimp.cli import speculation as guesses
+from skimp.cli.tasks import refuse
 
 if TYPE_CHECKING:
+    from skimp.engine.options import EngineOptions
     from skimp.meter.speed import SpeedResult
 
 
@@ -26,9 +30,36 @@ def bench(
     ] = None,
     cache_bytes: opt.CacheBytes = None,
     new_tokens: Annotated[
-        int, typer.Option(help="Steps a round, of which the later half is timed.", metavar="N")
+        int,
+        typer.Option(
+            help="Steps a round, of which the later half is timed; with --speculate the tokens of "
+            "an answer.",
+            metavar="N",
+        ),
     ] = 64,
     rounds: Annotated[int, typer.Option(help="Rounds, all cases in turn.", metavar="N")] = 5,
+    speculate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Time guesses on real prompts instead: lookup, suffix, draft or head; repeatable.",
+            metavar="NAME[,NAME...]",
+            show_default=False,
+        ),
+    ] = None,
+    draft_model: opt.DraftModel = None,
+    draft_tokens: opt.DraftTokens = None,
+    draft_rule: opt.DraftRule = None,
+    draft_control: Annotated[
+        bool | None,
+        typer.Option(
+            help="With --speculate: as many guesses as are worth it, or always the most.",
+            show_default="as many as are worth it",
+        ),
+    ] = None,
+    prompts: guesses.Files = None,
+    category: guesses.Categories = None,
+    max_prompts: guesses.MaxPrompts = None,
+    temperature: guesses.Temperatures = None,
     random_weights: Annotated[
         str | None,
         typer.Option(
@@ -52,17 +83,21 @@ def bench(
     json_output: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
-    """Time prefill and generation on random prompts.
+    """Time prefill and generation on random prompts, or guesses on real ones.
 
     Figures are medians over rounds, with the spread between the slowest and the fastest round.
     The limit is (weight bytes + cache bytes read a step) / measured bandwidth of the memory, or of
     the cache if the model fits in one; the peak of a prefill the best measured rate of products.
+    What guesses gain depends on the text: --speculate asks prompts by category, at temperatures 0
+    and 1, and says how many guesses stand, what each costs, and the gain, predicted and achieved.
 
     \b
     Examples:
       skimp bench tales --batch 1,8,32 --context 128,1k
       skimp bench tales --batch max --cache-bytes 256m --context 128,1k
       skimp bench --random-weights config.json --dtype bfloat16 --threads 2 --json
+      skimp bench tales --speculate lookup,draft --draft-model tales-draft --batch 1,8
+      skimp bench ./model --speculate suffix --prompts spec_bench.jsonl --category qa,rag
     """
     from skimp.cli.models import load_engine, model_spec, random_engine
     from skimp.cli.output import note, print_json, progress_text
@@ -79,6 +114,53 @@ def bench(
         raise ValueError(f"rounds: at least 1, not {rounds}")
     if token_budget is not None and token_budget < 1:
         raise ValueError(f"token_budget: at least 1, not {token_budget}")
+    if speculate is None:
+        refuse(
+            "needs --speculate",
+            draft_model=draft_model,
+            draft_tokens=draft_tokens,
+            draft_rule=draft_rule,
+            draft_control=draft_control,
+            prompts=prompts,
+            category=category,
+            max_prompts=max_prompts,
+            temperature=temperature,
+        )
+    else:
+        if model is None:
+            raise ValueError("random_weights: guesses are measured on text, so name a MODEL")
+        refuse("real prompts have lengths of their own", context=context)
+        if None in batches:
+            raise ValueError("batch: max is of random prompts, and guesses need real ones")
+        asked = guesses.read_asked(
+            prompts,
+            categories=category,
+            max_prompts=max_prompts,
+            temperatures=temperature,
+            batches=batches,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            seed=seed,
+        )
+        options = opt.engine_options(
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            backend=backend,
+            cache_dtype=cache_dtype,
+            token_budget=token_budget,
+            cache_bytes=opt.parse_bytes(cache_bytes),
+            max_batch=max(2, *asked.batches),
+        )
+        methods = guessing(
+            model,
+            options,
+            speculate,
+            lengths={"draft_tokens": draft_tokens, "draft_control": draft_control},
+            by_model={"draft_model": draft_model, "draft_rule": draft_rule},
+        )
+        _bench_guesses(model, options, methods, asked, json_output=json_output, quiet=quiet)
+        return
     name = str(model if random_weights is None else random_weights)
     spec = model_spec(name)
     limit = spec.max_positions
@@ -113,6 +195,59 @@ def bench(
         print_json(found[0] if len(found) == 1 else {"results": found})
     else:
         _print(name, results, engine.cache.arena.budget_bytes)
+    if (warning := busy_note()) is not None:
+        note(f"note: {warning}")
+
+
+def guessing(
+    model: str,
+    options: EngineOptions,
+    listed: list[str],
+    *,
+    lengths: dict[str, int | None],
+    by_model: dict[str, str | None],
+) -> list[guesses.Guessing]:
+    """``model`` once for each way to guess; ``by_model`` are options of draft models alone.
+    ``OptionError`` names a wrong option."""
+    from skimp.engine.options import BY_MODEL
+
+    methods = list(dict.fromkeys(part.strip() for value in listed for part in value.split(",")))
+    if "none" in methods:
+        raise ValueError("speculate: none is what guesses are held against anyway")
+    models = any(method in BY_MODEL for method in methods)
+    found = []
+    for method in methods:
+        changes: dict[str, Any] = {"speculate": method, **lengths}
+        if method in BY_MODEL or not models:  # refused where there is none to have it
+            changes |= by_model
+        chosen = replace(options, **changes)
+        name = f"{method} {chosen.draft_model}" if method in BY_MODEL else method
+        found.append(guesses.Guessing(name=name, model=model, options=chosen))
+    return found
+
+
+def _bench_guesses(
+    model: str,
+    options: EngineOptions,
+    methods: list[guesses.Guessing],
+    asked: guesses.Asked,
+    *,
+    json_output: bool,
+    quiet: bool,
+) -> None:
+    from skimp.cli.output import note, print_json, progress_text
+    from skimp.cost.machine import busy_note
+    from skimp.meter.calibrate import engine_hardware
+    from skimp.meter.report import text_of
+    from skimp.meter.report.speculation import speculation_tables
+
+    plain = guesses.Guessing(name=model, model=model, options=options)
+    with progress_text(not (quiet or json_output)) as progress:
+        found = guesses.measure(plain, methods, asked, engine_hardware, progress, note)
+    if json_output:
+        print_json({"speculation": [result.as_dict() for result in found]})
+    else:
+        print(text_of(speculation_tables(found)))
     if (warning := busy_note()) is not None:
         note(f"note: {warning}")
 

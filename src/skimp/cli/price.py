@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from skimp.cli import options as opt
+from skimp.cli import speculation as guesses
 from skimp.cli import tasks as asking
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ def price(
         list[str],
         typer.Argument(
             metavar="OUT...",
-            help="Models made from it; MODEL@option=value,... sets an engine option of one.",
+            help="Models made from it; MODEL@option=value,... sets an engine option of one, such "
+            "as speculate.",
         ),
     ],
     text: Annotated[
@@ -71,9 +74,18 @@ def price(
         str | None, typer.Option(help="Prompts of each kind and length; 64.", metavar="N")
     ] = None,
     new_tokens: Annotated[
-        int, typer.Option(help="Steps a round, of which the later half is timed.", metavar="N")
+        int,
+        typer.Option(
+            help="Steps a round, of which the later half is timed; tokens of an answer where "
+            "models guess.",
+            metavar="N",
+        ),
     ] = 48,
     rounds: Annotated[int, typer.Option(help="Rounds, models in turn.", metavar="N")] = 5,
+    prompts: guesses.Files = None,
+    category: guesses.Categories = None,
+    max_prompts: guesses.MaxPrompts = None,
+    temperature: guesses.Temperatures = None,
     dtype: opt.DType = "auto",
     device: opt.Device = "cpu",
     threads: opt.Threads = None,
@@ -95,6 +107,8 @@ def price(
     compared item by item; --retrieval asks for what was said once, far back. Speed is measured in
     rounds that go through all models in turn, all loaded at once if memory holds them. --batch max
     times each model at the most sequences that --cache-bytes holds, and the gain is in tokens/s.
+    A model with speculate loses nothing against itself without, which is to be named too; what its
+    guesses gain is measured on real prompts, by category.
 
     \b
     Examples:
@@ -103,11 +117,13 @@ def price(
       skimp price ./model ./int4 --task blimp.jsonl.xz --max-items 2000 --markdown price.md
       skimp price ./model ./local --retrieval 512,1k
       skimp price ./model ./gqa --cache-bytes 1g --batch 1,max --context 1k,8k
+      skimp price ./model ./model@speculate=draft,draft_model=./int4 --prompts spec_bench.jsonl
     """
     from skimp.cli.evaluate import read_text
     from skimp.cli.models import model_spec
     from skimp.cli.output import note, print_json, progress_text
     from skimp.cost.machine import busy_note
+    from skimp.meter.calibrate import engine_hardware
     from skimp.meter.cases import plan_cases
     from skimp.meter.price import Price
     from skimp.meter.report import as_markdown, as_text, write_html
@@ -152,13 +168,19 @@ def price(
         "backend": backend,
         "cache_bytes": memory,
     }
-    entries = []
+    entries: list[Entry] = []
+    speculating: list[Entry] = []
     for name in [base, *outs]:
         model, changes = split_entry(name)
         if memory is not None and "cache_bytes" in changes:
             raise ValueError(f"cache_bytes: is the same for every model, and {name} has its own")
         options = opt.engine_options(**{**given, **changes})
         spec = model_spec(model)
+        if options.speculate != "none":
+            speculating.append(
+                Entry(name=name, model=model, spec=spec, options=options, changes=changes)
+            )
+            continue
         positions = options.max_context or spec.max_positions
         if max(contexts) + new_tokens + 1 > positions:
             raise ValueError(
@@ -180,13 +202,42 @@ def price(
             max_batch=changes.get("max_batch"),
             least_batch=asking.BATCH if task or hidden else 2,
         )
-        entry = Entry(name=name, model=model, spec=spec, options=options, cases=cases)
+        entry = Entry(
+            name=name, model=model, spec=spec, options=options, changes=changes, cases=cases
+        )
         if hidden is not None and max(hidden.contexts) > (held := longest_window(entry, None)):
             raise ValueError(
                 f"retrieval: {max(hidden.contexts)} tokens and an answer do not fit the "
                 f"{options.cache_bytes:,} cache bytes of {name}, which hold {held}"
             )
         entries.append(entry)
+    if speculating and speculating[0].name == base:
+        raise ValueError(f"speculate: BASE is without guesses, and {base} is not")
+    twins = plain_twins(entries, speculating)
+    turns: list[list[Entry]] = []
+    if speculating:
+        real = guesses.read_asked(
+            prompts,
+            categories=category,
+            max_prompts=max_prompts,
+            temperatures=temperature,
+            batches=batches,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            seed=seed,
+        )
+        if None in batches:
+            note("note: what guesses gain is not measured at batch max, which is of random prompts")
+        for together in twins:
+            turns += fitting([timed(entry, real.batches) for entry in together])
+    else:
+        asking.refuse(
+            "needs a model with speculate, such as BASE@speculate=lookup",
+            prompts=prompts,
+            category=category,
+            max_prompts=max_prompts,
+            temperature=temperature,
+        )
     longest = min(longest_window(entry, longest) for entry in entries)
     groups = fitting(entries)
     prices = []
@@ -202,7 +253,17 @@ def price(
                     progress,
                 )
             )
-    found = Price.joined(prices)
+        found = Price.joined(prices)
+        for plain, *guessing in turns:
+            results = guesses.measure(
+                plain.guessing,
+                [entry.guessing for entry in guessing],
+                real,
+                partial(engine_hardware, max_age_s=RECENT_S),
+                progress,
+                note,
+            )
+            found = replace(found, speculation=(*found.speculation, *results))
     if markdown is not None:
         markdown.write_text(as_markdown(found), encoding="utf-8")
     if html is not None:
@@ -220,13 +281,50 @@ def price(
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A model as it is named, the engine it shall have, and what is timed of it."""
+    """A model as it is named, the engine it shall have and which of its options are the entry's
+    own, and what is timed of it, if its prompts are random."""
 
     name: str
     model: str
     spec: ModelSpec
     options: EngineOptions
-    cases: list[Case]
+    changes: dict[str, Any]
+    cases: list[Case] = field(default_factory=list)
+
+    @property
+    def guessing(self) -> guesses.Guessing:
+        return guesses.Guessing(name=self.name, model=self.model, options=self.options)
+
+    @property
+    def but_guesses(self) -> tuple[str, dict[str, Any]]:
+        """The model, and those of its options that may change what it generates or how fast."""
+        own = {k: v for k, v in self.changes.items() if not k.startswith(("speculate", "draft_"))}
+        return self.model, own
+
+
+def plain_twins(entries: Sequence[Entry], speculating: Sequence[Entry]) -> list[list[Entry]]:
+    """Each model that is named with guesses too, and behind it how. ValueError names one whose law
+    and speed without guesses no entry has."""
+    found: dict[str, list[Entry]] = {}
+    for entry in speculating:
+        twin = next((e for e in entries if e.but_guesses == entry.but_guesses), None)
+        if twin is None:
+            model, own = entry.but_guesses
+            listed = ",".join(f"{name}={value}" for name, value in own.items())
+            raise ValueError(
+                f"speculate: {entry.name} is held against {model}{f'@{listed}' if own else ''}, "
+                "which is to be named too; to have it guess for another model, name that one with "
+                f"speculate=draft,draft_model={model}"
+            )
+        found.setdefault(twin.name, [twin]).append(entry)
+    return list(found.values())
+
+
+def timed(entry: Entry, batches: Sequence[int]) -> Entry:
+    """The entry with room for these batches and no more, unless it has chosen its own."""
+    if "max_batch" in entry.changes:
+        return entry
+    return replace(entry, options=replace(entry.options, max_batch=max(2, *batches)))
 
 
 def longest_window(entry: Entry, asked: int | None) -> int:
@@ -258,13 +356,19 @@ def longest_window(entry: Entry, asked: int | None) -> int:
 def fitting(entries: Sequence[Entry]) -> list[list[Entry]]:
     """All models together if memory holds them, or else each with the base. Raises OptionError,
     before anything is loaded, if it does not hold even two."""
+    from skimp.cli.models import model_spec
     from skimp.cli.output import bytes_text
     from skimp.errors import OptionError
     from skimp.meter.work import engine_bytes, free_memory
 
     free = free_memory(entries[0].options.device)
     need = [engine_bytes(entry.spec, entry.options, free) for entry in entries]
-    if sum(need) <= free:
+    for index, entry in enumerate(entries):
+        draft = entry.options.draft_model
+        if draft is not None and entry.options.speculate == "draft":  # a head is but a layer
+            own = replace(entry.options, cache_bytes=None)
+            need[index] += engine_bytes(model_spec(draft), own, free)
+    if sum(need) <= free or len(entries) == 1:
         return [list(entries)]
     base, *others = entries
     for other, more in zip(others, need[1:]):
@@ -321,6 +425,7 @@ def _price(
         tasks=asked.tasks,
         generation=asked.generation,
         retrieval=hidden,
+        alone=True,  # or all others have guesses, which are measured apart
         progress=progress,
         **options,
     )

@@ -27,6 +27,7 @@ ADDED: Final = 0.5
 SHALLOW: Final = 0.05
 BESIDE: Final = 0.3
 USUAL_HEAD_DIM: Final = 128
+USUAL_KV_HEADS: Final = 8
 KEPT_SCALINGS: Final = (None, "linear", "llama3", "yarn")
 
 
@@ -39,7 +40,7 @@ def head_spec(target: ModelSpec, options: TrainOptions, words: int) -> HeadSpec:
     ffns = [f for layer in target.layers if isinstance(f := layer.ffn, GatedFFNSpec)]
     dim = mixers[0].head_dim if mixers else min(USUAL_HEAD_DIM, size)
     heads = options.heads or (mixers[0].num_heads if mixers else max(1, size // dim))
-    own = mixers[0].num_kv_heads if mixers else heads
+    own = mixers[0].num_kv_heads if mixers else USUAL_KV_HEADS
     groups = options.kv_heads or math.gcd(own, heads)
     if heads % groups:
         raise OptionError(f"kv_heads: {groups} do not divide {heads} heads")

@@ -193,6 +193,7 @@ class Trainer:
         held, rest = split_off(docs, held_out, options.seed)
         self._held = packed(cut(held, options.length), options.rows)
         self._stream = Stream(cut(rest, options.length), options.seed)
+        self._fresh = sum(map(len, rest))
         words = choose_words(rest, spec.vocab_size, options.vocabulary)
         self.covered = _covered(held, words, spec.vocab_size)
         own = head_spec(spec, options, len(words))
@@ -225,6 +226,8 @@ class Trainer:
     def train(self, progress: Progress, tell: Tell) -> None:
         """All steps, measured now and then; weights are those to be written when it is done."""
         options = self._options
+        if (rounds := options.steps * options.batch / self._fresh) > 1:
+            tell(f"the text's {self._fresh:,} tokens are gone through up to {rounds:.1f} times")
         optimizer = Optimizer(
             self._weights.masters,
             betas=options.betas,

@@ -69,13 +69,18 @@ def holds(arena: Arena, options: EngineOptions, case: Case) -> bool:
 
 
 def check_case(arena: Arena, options: EngineOptions, case: Case, name: str) -> None:
-    """Raise ValueError, naming the field and the model, if an engine of these options cannot run
-    all sequences of a case at once."""
+    """:func:`check_fit`, and ValueError for an engine that guesses: prompts are random tokens."""
     if options.speculate != "none":
         raise ValueError(
             f"speculate: {options.speculate} of {name} is not timed here, where prompts are random "
-            "tokens; its speed depends on the text"
+            "tokens; its speed depends on the text, and is measured on real prompts instead"
         )
+    check_fit(arena, options, case, name)
+
+
+def check_fit(arena: Arena, options: EngineOptions, case: Case, name: str) -> None:
+    """Raise ValueError, naming the field and the model, if an engine of these options cannot run
+    all sequences of a case at once."""
     batch = case.batch
     if batch > options.max_batch:
         raise ValueError(f"batch: {batch} sequences exceed max_batch {options.max_batch} of {name}")

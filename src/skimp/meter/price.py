@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from skimp.cost import Hardware, step_cost, uniform
 from skimp.meter.cases import Case, check_case
-from skimp.meter.divergence import Comparison, compare_all
-from skimp.meter.quality import QualityResult
+from skimp.meter.divergence import Comparison, ReadingOptions, compare_all
+from skimp.meter.quality import QualityResult, evaluate
 from skimp.meter.retrieval import Retrieval, run_retrieval
 from skimp.meter.score import Score
+from skimp.meter.speculation import SpeculationResult
 from skimp.meter.speed import SpeedResult, bench_together
 from skimp.meter.taskfiles import Task
 from skimp.meter.tasks import Generation, TaskResult, paired_score, run_task
@@ -154,14 +155,20 @@ class Row:
 @dataclass(frozen=True, kw_only=True)
 class Price:
     """The table: the base, and a row for each changed model. ``together``: all models were in
-    memory at once and took turns; else each took turns with the base alone."""
+    memory at once and took turns; else each took turns with the base alone. ``speculation``:
+    models of the table with guesses, which keep its law and are timed on real prompts."""
 
     base: Row
     rows: tuple[Row, ...]
     together: bool = True
+    speculation: tuple[SpeculationResult, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return {"base": self.base.as_dict(), "rows": [row.as_dict() for row in self.rows]}
+        return {
+            "base": self.base.as_dict(),
+            "rows": [row.as_dict() for row in self.rows],
+            "speculation": [found.as_dict() for found in self.speculation],
+        }
 
     @classmethod
     def joined(cls, prices: Sequence[Price]) -> Price:
@@ -182,17 +189,18 @@ def price(
     tasks: Sequence[Task] = (),
     generation: Generation | None = None,
     retrieval: Retrieval | None = None,
+    alone: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> Price:
     """Measure ``candidates``, the base first, each on the machine as its engine uses it, and at
     cases of its own, which may differ from the base's in their batch. ``retrieval`` is asked
-    behind the tasks.
+    behind the tasks. ``alone``: a base without others will do.
 
     Raises ValueError if models cannot be compared or a case does not fit.
     """
     base, *others = (candidate.engine for candidate in candidates)
-    if not others:
+    if not others and not alone:
         raise ValueError("OUT: name at least one model to hold against the base")
     for candidate, own in zip(candidates, cases):
         engine = candidate.engine
@@ -202,15 +210,14 @@ def price(
         context = min(candidate.engine.max_context for candidate in candidates) - 1
 
     tell = progress or (lambda line: None)
-    compared = compare_all(
-        base,
-        others,
-        text,
-        context=context,
-        max_bytes=max_bytes,
-        seed=seed,
-        progress=lambda done, total: tell(f"scoring: document {done} of {total}"),
-    )
+    reading: ReadingOptions = {
+        "context": context,
+        "max_bytes": max_bytes,
+        "seed": seed,
+        "progress": lambda done, total: tell(f"scoring: document {done} of {total}"),
+    }
+    compared = compare_all(base, others, text, **reading)
+    quality = compared[0].base if compared else evaluate(base, text, **reading)
     asked = []
     for candidate in candidates:
         results = []
@@ -227,7 +234,7 @@ def price(
     speed = bench_together(
         [base, *others], cases, hardware, rounds=rounds, seed=seed, progress=progress
     )
-    qualities = [compared[0].base, *(found.other for found in compared)]
+    qualities = [quality, *(found.other for found in compared)]
     rows = [
         _row(candidate, quality, comparison, gains(speed[0], results), answers)
         for candidate, quality, comparison, results, answers in zip(

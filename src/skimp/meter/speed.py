@@ -10,8 +10,9 @@ A case is a batch and a context (``cases.py``). One round of it:
 
 Rounds of all cases, and of all engines that are compared, are interleaved, so that a slow minute
 of a shared machine hits them alike.
-Random prompts would flatter or ruin speculation, whose speed depends on the text; here no token is
-drafted and the time of a step does not depend on which tokens it reads.
+Random prompts would flatter or ruin speculation, whose speed depends on the text
+(``skimp.meter.speculation`` has real ones); here no token is drafted and the time of a step does
+not depend on which tokens it reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from skimp.meter.cases import SPARE_TOKENS, Case, check_case
 from skimp.meter.work import engine_threads
 
 if TYPE_CHECKING:
+    from skimp.decoding.params import SamplingParams
     from skimp.engine import Engine
 
 
@@ -205,13 +208,11 @@ def time_generation(
     room = engine.max_context - max(map(len, prompts))
     tokens = max(1, min(steps + SPARE_TOKENS, room))
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    ids = [engine.add_request(prompt, params) for prompt in prompts]
-    lengths = dict.fromkeys(ids, 0)
     times: list[float] = []
     early = steps // 2
-    engine.scheduler.prompts_first = True
     middle: tuple[int, ...] = ()
-    try:
+    with requests(engine, prompts, params) as ids:
+        lengths = dict.fromkeys(ids, 0)
         while len(times) < steps:
             generating = all(lengths.values())
             start = time.perf_counter()
@@ -235,13 +236,25 @@ def time_generation(
                 times.append(took)
                 if len(times) == early + (steps - early + 1) // 2:
                     middle = tuple(len(p) + n for p, n in zip(prompts, lengths.values()))
+    return tuple(times[early:]), middle
+
+
+@contextmanager
+def requests(
+    engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> Iterator[list[str]]:
+    """Requests, by their ids, of which none generates while a prompt can go on. They end with the
+    block, whatever became of them."""
+    ids = [engine.add_request(list(prompt), params) for prompt in prompts]
+    engine.scheduler.prompts_first = True
+    try:
+        yield ids
     finally:
         engine.scheduler.prompts_first = False
         for request_id in ids:
             engine.abort(request_id)
         while engine.has_unfinished():  # hands out what the aborts left
             engine.step()
-    return tuple(times[early:]), middle
 
 
 def _result(

@@ -16,22 +16,19 @@ Other fields are the file's own business.
 
 from __future__ import annotations
 
-import json
-import lzma
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from skimp.errors import SkimpError
+from skimp.meter.lines import Line, read_lines
 
 Kind = Literal["minimal-pair", "choice", "last-word", "generate"]
 GROUPS = ("UID", "field", "linguistics_term")  # of minimal pairs, as BLiMP names them
-MAX_LINE = 1 << 20  # characters
-MAX_BYTES = 1 << 30  # unpacked
 _NUMBER = re.compile(r"-?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
@@ -99,8 +96,7 @@ def read_task(
         raise TaskFileError(f"max_items: at least 1, not {max_items}")
     items: list[Item] = []
     found: Kind | None = kind  # type: ignore[assignment]  # checked above
-    for number, row in _rows(path):
-        line = _Line(path, number, row)
+    for line in read_lines(path, TaskFileError):
         if found is None:
             found = _kind_of(line)
         items.append(_READERS[found](line))
@@ -128,53 +124,13 @@ def last_number(text: str) -> Decimal | None:
     return Decimal(re.sub(r"[$,]", "", found[0 if marked else -1]))
 
 
-class _Line:
-    """One object of a file; its fields are checked as they are asked for."""
-
-    def __init__(self, path: Path, number: int, row: dict[str, Any]) -> None:
-        self.path, self.number, self.row = path, number, row
-
-    def error(self, problem: str) -> TaskFileError:
-        return TaskFileError(f"{self.path} line {self.number}: {problem}")
-
-    def field(self, name: str) -> Any:
-        if name not in self.row:
-            raise self.error(f"{name}: is missing")
-        return self.row[name]
-
-    def text(self, name: str, *, empty: bool = False) -> str:
-        return self._text(name, self.field(name), empty)
-
-    def texts(self, name: str, *, least: int) -> tuple[str, ...]:
-        values = self.field(name)
-        if not isinstance(values, list) or len(values) < least:
-            raise self.error(f"{name}: expected a list of at least {least} texts")
-        return tuple(self._text(f"{name}[{i}]", v, False) for i, v in enumerate(values))
-
-    def _text(self, name: str, value: object, empty: bool) -> str:
-        if not isinstance(value, str):
-            raise self.error(f"{name}: expected text, got {type(value).__name__}")
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise self.error(f"{name}: holds a lone surrogate, which is no text")
-        if not (empty or value.strip()):
-            raise self.error(f"{name}: is empty")
-        return value
-
-    def index(self, name: str, count: int) -> int:
-        value = self.field(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
-            shown = json.dumps(value)[:40]
-            raise self.error(f"{name}: expected a whole number from 0 to {count - 1}, got {shown}")
-        return value
-
-
-def _pair(line: _Line) -> MinimalPair:
+def _pair(line: Line) -> MinimalPair:
     good, bad = line.text("sentence_good"), line.text("sentence_bad")
     groups = {name: line.text(name) for name in GROUPS if name in line.row}
     return MinimalPair(good=good, bad=bad, groups=groups)
 
 
-def _choice(line: _Line) -> Choice:
+def _choice(line: Line) -> Choice:
     options = line.texts("options", least=2)
     return Choice(
         context=line.text("context", empty=True),
@@ -183,11 +139,11 @@ def _choice(line: _Line) -> Choice:
     )
 
 
-def _last_word(line: _Line) -> LastWord:
+def _last_word(line: Line) -> LastWord:
     return LastWord(context=line.text("context"), target=line.text("target"))
 
 
-def _problem(line: _Line) -> Problem:
+def _problem(line: Line) -> Problem:
     worked = line.text("answer")
     number = last_number(worked)
     if number is None:
@@ -195,7 +151,7 @@ def _problem(line: _Line) -> Problem:
     return Problem(question=line.text("question"), worked=worked, number=number, line=line.number)
 
 
-_READERS: dict[Kind, Callable[[_Line], Item]] = {
+_READERS: dict[Kind, Callable[[Line], Item]] = {
     "minimal-pair": _pair,
     "choice": _choice,
     "last-word": _last_word,
@@ -209,7 +165,7 @@ _SIGNS: dict[Kind, tuple[str, ...]] = {
 }
 
 
-def _kind_of(line: _Line) -> Kind:
+def _kind_of(line: Line) -> Kind:
     """The kind whose fields are all there, or else the one of which most are."""
     for kind, names in _SIGNS.items():
         if all(name in line.row for name in names):
@@ -217,38 +173,3 @@ def _kind_of(line: _Line) -> Kind:
     wanted = "; ".join(f"{', '.join(names)} ({kind})" for kind, names in _SIGNS.items())
     has = ", ".join(sorted(map(str, line.row)))[:200] or "none"
     raise line.error(f"its fields ({has}) tell no kind of task; expected {wanted}")
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line that is not blank."""
-    if not (path.name.endswith(".jsonl") or path.name.endswith(".jsonl.xz")):
-        raise TaskFileError(f"{path}: expected a file named .jsonl or .jsonl.xz")
-    if not path.is_file():
-        raise TaskFileError(f"{path}: no such file")
-    number = total = 0
-    try:
-        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
-            while data := file.readline(MAX_LINE + 1):
-                number += 1
-                total += len(data)
-                if len(data) > MAX_LINE or total > MAX_BYTES:
-                    raise TaskFileError(f"{path} line {number}: is too long")
-                if data.strip():
-                    yield number, _object(path, number, data)
-    except (lzma.LZMAError, EOFError) as error:
-        raise TaskFileError(f"{path}: is damaged after line {number}: {error}") from None
-    except OSError as error:
-        raise TaskFileError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _object(path: Path, number: int, data: bytes) -> dict[str, Any]:
-    where = f"{path} line {number}"
-    try:
-        row = json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise TaskFileError(f"{where}: is not UTF-8 at byte {error.start}") from None
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-        raise TaskFileError(f"{where}: is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise TaskFileError(f"{where}: expected an object, got {type(row).__name__}")
-    return row

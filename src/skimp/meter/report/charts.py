@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from skimp.meter.price import Gain, Price, Row
+from skimp.meter.speculation import SpeculationResult
 
 WIDTH = 5.2  # inches of a chart: some 375 CSS pixels, so its letters are the page's size
 INK = "#010203"  # stands for the page's text colour until the SVG is inside the page
@@ -25,6 +27,9 @@ class Chart:
 
 def charts(price: Price) -> list[Chart]:
     """What there is to show: with several contexts, gains and cache go along them."""
+    guesses = [Chart(title="Gain by guesses", draw=_guess_chart)] if price.speculation else []
+    if not price.rows:
+        return guesses
     found = [Chart(title="Loss against gain", draw=_loss_chart)]
     contexts = [use.context for use in price.base.cache]
     if len(contexts) > 1:
@@ -39,7 +44,7 @@ def charts(price: Price) -> list[Chart]:
     found.append(Chart(title="Bytes read for a token", draw=_bytes_chart))
     if any(row.healing for row in price.rows):
         found.append(Chart(title="Healing", draw=_healing_chart))
-    return found
+    return found + guesses
 
 
 def _loss_chart(axes: Any, price: Price) -> None:
@@ -83,6 +88,35 @@ def _gain_chart(axes: Any, price: Price) -> None:
     axes.axvline(1.0, color=INK, linewidth=0.6, linestyle=":")
     axes.set(xlabel="gain in tokens/s over the base")
     _legend(axes)
+
+
+def _guess_chart(axes: Any, price: Price) -> None:
+    """On each category of prompts, how far rounds lie apart as lines."""
+    results = price.speculation
+    several = len({found.plain for found in results}) > 1
+    labels = [
+        f"{_guesser(found)}{f' for {_short(found.plain)}' if several else ''}\n"
+        f"{found.category}, {found.batch}, T {found.temperature:g}"
+        for found in results
+    ]
+    places = _lines(axes, labels)
+    achieved = [found.gain for found in results]
+    apart = [
+        [found.gain - min(found.gains) for found in results],
+        [max(found.gains) - found.gain for found in results],
+    ]
+    style = {"error_kw": {"linewidth": 0.8, "ecolor": INK}, "label": "achieved"}
+    axes.barh([p - 0.2 for p in places], achieved, 0.4, xerr=apart, **style)
+    axes.barh([p + 0.2 for p in places], [f.predicted for f in results], 0.4, label="predicted")
+    axes.axvline(1.0, color=INK, linewidth=0.6, linestyle=":")
+    axes.set(xlabel="gain in tokens/s over no guesses")
+    _legend(axes)
+
+
+def _guesser(found: SpeculationResult) -> str:
+    """Who guesses, and how many tokens at most."""
+    who = found.speculate if found.draft_model is None else _short(found.draft_model)
+    return f"{who}, {found.longest_draft}"
 
 
 def _context_chart(axes: Any, price: Price, *, asked: str) -> None:
@@ -187,5 +221,5 @@ def _colour(index: int) -> str:
 
 
 def _short(name: str) -> str:
-    """A model's name without the directories before it."""
-    return name.rstrip("/").rpartition("/")[2]
+    """A model's name, and those in its options, without the directories before them."""
+    return re.sub(r"[^@=,]*/", "", name.rstrip("/"))

@@ -11,7 +11,8 @@ from typing import Any
 from skimp.errors import OptionError
 from skimp.meter.price import Price
 from skimp.meter.report.charts import INK, WIDTH, Chart, charts
-from skimp.meter.report.table import Table, parted, tables
+from skimp.meter.report.grid import Table, parted
+from skimp.meter.report.table import tables
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -72,7 +73,8 @@ def require_charts() -> None:
 def write_html(price: Price, file: Path) -> None:
     """Write the page. Raises OptionError where matplotlib is missing."""
     require_charts()
-    names = ", ".join(row.name for row in price.rows)
+    guessing = dict.fromkeys(found.name for found in price.speculation)
+    names = ", ".join([*(row.name for row in price.rows), *guessing])
     page = _PAGE.format(
         title=escape(f"{price.base.name} against {names}"),
         tables="\n".join(map(_table, tables(price))),

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import re
-from dataclasses import dataclass
-
 from skimp.meter.cases import CACHE_BYTES
 from skimp.meter.price import Price, Row, TaskPrice, inside_noise
+from skimp.meter.report.grid import Table, bytes_text, markdown_of, text_of
+from skimp.meter.report.speculation import speculation_tables
 from skimp.meter.tasks import TaskResult
 
 
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A heading, columns (the first is text, the others are figures), and what holds for all."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
-
-
 def tables(price: Price) -> tuple[Table, ...]:
-    """Loss; scores, if tasks were asked; bytes; speed."""
+    """Loss; scores, if tasks were asked; bytes; speed; what guesses gain, if any model guesses."""
     rows = (price.base, *price.rows)
     quality, first = price.base.quality, price.base.speed[0].result
     loss = Table(
@@ -34,7 +22,7 @@ def tables(price: Price) -> tuple[Table, ...]:
             "loss (95 %)",
             "KL, nats/token (95 %)",
         ),
-        rows=tuple(_loss(row) for row in rows),
+        rows=(*(_loss(row) for row in rows), *_lossless(price)),
         note=(
             f"{quality.tokens:,} tokens in {quality.documents:,} documents ({quality.bytes:,} "
             f"bytes), windows of {quality.context}; intervals from a bootstrap over "
@@ -64,47 +52,28 @@ def tables(price: Price) -> tuple[Table, ...]:
         note=(
             f"{first.device}, {_each(rows, 'dtype')}, {_each(rows, 'backend')} kernels, "
             f"{first.threads} threads; medians of {first.rounds} rounds of {first.steps} steps, "
-            f"{turns}; spread is (slowest - fastest) / median; {largest}{first.hardware}"
+            f"{turns}; spread is (slowest - fastest) / median; "
+            + (
+                "what guesses gain is measured on real prompts, below; "
+                if price.speculation
+                else ""
+            )
+            + f"{largest}{first.hardware}"
         ),
     )
-    return (loss, *([_scores(rows)] if price.base.tasks else []), _sizes(rows), speed)
-
-
-def parted(cell: str) -> tuple[str, str]:
-    """A figure, and what stands in brackets after it: its interval, or nothing."""
-    found = re.fullmatch(r"(.+?) (\([^()]*\))", cell)
-    return (cell, "") if found is None else (found[1], found[2])
+    guesses = speculation_tables(price.speculation) if price.speculation else ()
+    scores = [_scores(rows)] if price.base.tasks else []
+    return (loss, *scores, _sizes(rows), speed, *guesses)
 
 
 def as_text(price: Price) -> str:
-    """The tables for a terminal, as wide as they need; intervals stand below their figures."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    stream = io.StringIO()
-    console = Console(file=stream, width=400, highlight=False, markup=False)
-    for table in tables(price):
-        grid = Grid(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(table.columns):
-            heading = "\n".join(filter(None, parted(column)))
-            grid.add_column(heading, justify="right" if index else "left", no_wrap=True)
-        for row in table.rows:
-            grid.add_row(*("\n".join(filter(None, parted(cell))) for cell in row))
-        console.print(grid)
-        console.print(table.note + "\n")
-    return "\n".join(line.rstrip() for line in stream.getvalue().strip().splitlines())
+    """The tables for a terminal."""
+    return text_of(tables(price))
 
 
 def as_markdown(price: Price) -> str:
     """The tables as Markdown."""
-    parts = []
-    for table in tables(price):
-        rule = ["---", *["---:"] * (len(table.columns) - 1)]
-        lines = [table.columns, rule, *table.rows]
-        body = "\n".join("| " + " | ".join(_escaped(c) for c in line) + " |" for line in lines)
-        parts.append(f"## {table.title}\n\n{body}\n\n{table.note}\n")
-    return "\n".join(parts)
+    return markdown_of(tables(price))
 
 
 def _loss(row: Row) -> tuple[str, ...]:
@@ -121,6 +90,16 @@ def _loss(row: Row) -> tuple[str, ...]:
     return (row.name, verdict, own, lost, kl)
 
 
+def _lossless(price: Price) -> list[tuple[str, ...]]:
+    """Models that guess: their law is that of the same model without, whose figures these are."""
+    own = {row.name: _loss(row) for row in (price.base, *price.rows)}
+    guessing = {found.name: found.plain for found in price.speculation}
+    return [
+        (name, "lossless" if plain == price.base.name else f"as {plain}", *own[plain][2:])
+        for name, plain in guessing.items()
+    ]
+
+
 def _sizes(rows: tuple[Row, ...]) -> Table:
     lines = []
     for row in rows:
@@ -131,7 +110,7 @@ def _sizes(rows: tuple[Row, ...]) -> Table:
             row.cache_bytes_per_token,
             *(use.bytes for use in row.cache),
         )
-        lines.append((row.name, *map(_bytes, sizes)))
+        lines.append((row.name, *map(bytes_text, sizes)))
     return Table(
         title="What it takes",
         columns=(
@@ -224,8 +203,8 @@ def _largest(rows: tuple[Row, ...]) -> str:
     )
     return (
         f"max: as many sequences of a context and its {found[0][1].new_tokens} new tokens as "
-        f"{_bytes(rows[0].cache_budget)} of cache hold, and the gain is over the base at its own "
-        "most; cache held: by all of them at their last token; " + "".join(others)
+        f"{bytes_text(rows[0].cache_budget)} of cache hold, and the gain is over the base at its "
+        "own most; cache held: by all of them at their last token; " + "".join(others)
     )
 
 
@@ -240,7 +219,7 @@ def _speed(row: Row, *, held: bool) -> list[tuple[str, ...]]:
             f"{g.spread:.0%}",
             f"{g.predicted:.2f}x",
             f"{g.result.first_token_ms:,.1f} ms",
-            *([_bytes(g.result.cache_bytes_held)] if held else []),
+            *([bytes_text(g.result.cache_bytes_held)] if held else []),
         )
         for g in row.speed
     ]
@@ -249,15 +228,3 @@ def _speed(row: Row, *, held: bool) -> list[tuple[str, ...]]:
 def _each(rows: tuple[Row, ...], field: str) -> str:
     values = dict.fromkeys(str(getattr(row.speed[0].result, field)) for row in rows)
     return " / ".join(values)
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
