@@ -116,7 +116,7 @@ def test_guesses_change_no_token(speculate: str, mixed: bool, control: bool | No
     engine = Engine(tiny_decoder(spec), None, CPU)
     prompts, params = [p for p, _ in requests], [s for _, s in requests]
     wanted = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]
-    options = dataclasses.replace(GPU, draft_control=control)
+    options = dataclasses.replace(GPU, draft_control=control, max_batch=8)
     engine = guessing(speculate, options, mixed=mixed)
     for _ in range(2):
         found = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]

@@ -33,6 +33,12 @@ def train(
     tokens: Annotated[
         str, typer.Option(help="How many to learn from, e.g. 500k or 20m.", metavar="N")
     ],
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="End by then, if the tokens take longer.", metavar="N", show_default=False
+        ),
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(
@@ -153,6 +159,7 @@ def train(
         lr=lr,
         held_out=count(held_out, "held_out"),
         self_tokens=count(self_tokens, "self_tokens"),
+        minutes=minutes,
         device=device,  # type: ignore[arg-type]
         dtype=dtype,  # type: ignore[arg-type]
         seed=seed,

@@ -20,9 +20,11 @@ class TrainOptions:
     piece of a document, ``unroll`` how many tokens ahead the head learns to guess; guesses one
     further weigh ``decay`` times as much. ``vocabulary`` is the number of words that the head can
     guess (None: all), ``layers`` those whose input it reads. Shapes that are None follow the
-    target's. ``self_tokens``: how much the target writes where the text is its own."""
+    target's. ``self_tokens``: how much the target writes where the text is its own. ``minutes``:
+    training ends by then, as if the tokens had been spent."""
 
     tokens: int
+    minutes: float | None = None
     loss: Loss = "lk"
     unroll: int = 5
     decay: float = 0.8
@@ -63,6 +65,8 @@ class TrainOptions:
                 raise OptionError(f"{field}: {given} is not one of {', '.join(choices)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise OptionError(f"lr: above 0, not {self.lr}")
+        if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise OptionError(f"minutes: above 0, not {self.minutes}")
         if not 0 < self.decay <= 1:
             raise OptionError(f"decay: above 0 and at most 1, not {self.decay}")
         if self.batch < self.length:

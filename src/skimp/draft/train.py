@@ -6,6 +6,7 @@ much as the head's own steps, and states of three depths would take kilobytes a 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def train_head(
     record = {
         "version": skimp.__version__,
         "text": SELF if text == SELF else Path(text or default_text()).name,
-        "tokens": options.steps * options.batch,
+        "tokens": trainer.steps * options.batch,
         **{
             field: getattr(options, field)
             for field in ("loss", "unroll", "decay", "length", "batch", "lr", "seed")
@@ -129,7 +130,7 @@ def train_head(
         output=output,
         spec=head.spec,
         parameters=sum(p.numel() for p in head.parameters()),
-        tokens=options.steps * options.batch,
+        tokens=trainer.steps * options.batch,
         covered=trainer.covered,
         report=report,
         curve=tuple(trainer.curve),
@@ -221,6 +222,7 @@ class Trainer:
         decays = [options.decay**step for step in range(options.unroll)]
         self._step_weights = [d / sum(decays) / options.batch for d in decays]
         self._accepted = [0.0] * options.unroll  # in the last batch
+        self.steps = 0
         self.curve: list[dict[str, Any]] = []
 
     def train(self, progress: Progress, tell: Tell) -> None:
@@ -236,20 +238,29 @@ class Trainer:
         )
         cursor, losses = Cursor(), []
         every = max(1, options.steps // options.measurements)
+        began = time.monotonic()
         for step in range(options.steps):
+            due = step
+            if options.minutes is not None:
+                spent = (time.monotonic() - began) / 60 / options.minutes
+                due = max(step, int(spent * options.steps))
+                if due >= options.steps:
+                    tell(f"{options.minutes:g} minutes are over")
+                    break
             sequences, cursor = self._stream.take(options.batch, cursor)
             losses.append(self._learn(sequences))
             lr = options.lr * rate(
-                step, options.steps, "cosine", warmup=options.warmup, final=options.final
+                due, options.steps, "cosine", warmup=options.warmup, final=options.final
             )
             optimizer.update(lr, f"step {step + 1}")
             self._weights.moved()
+            self.steps = step + 1
             progress(step + 1, options.steps)
             if (step + 1) % every == 0 and step + 1 < options.steps:
                 self._add_row(step + 1, lr, losses, tell)
                 losses = []
         self._weights.settle()
-        self._add_row(options.steps, 0.0, losses, tell)
+        self._add_row(self.steps, 0.0, losses, tell)
 
     def finished(self) -> tuple[DraftHead, Report]:
         """The head as it is written, on the CPU, and what it is worth."""
