@@ -6,11 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import mixed_spec, random_requests, tiny_decoder, tiny_head, tiny_spec
+from guessing import guessing
+from tiny_models import mixed_spec, random_requests, tiny_decoder, tiny_spec
 
 from skimp.decoding.params import SamplingParams
 from skimp.engine import Engine, EngineOptions
-from skimp.engine.draft_model import DraftModel
 from skimp.engine.drafting import ModelProposer
 from skimp.model.spec import ExpertsSpec
 
@@ -85,24 +85,6 @@ def test_experts_of_graphs_follow_the_router(fused: bool) -> None:
     assert found[0] == found[1]
 
 
-def guessing(
-    speculate: str, options: EngineOptions, *, mixed: bool = False, seed: int = 1
-) -> Engine:
-    """A tiny engine of which ``draft`` guesses with another tiny model, ``head`` with a random
-    head, both compared with what the target draws."""
-    spec = mixed_spec() if mixed else None
-    target = tiny_decoder(spec)
-    if speculate == "draft":
-        draft = DraftModel(tiny_decoder(seed=seed), options, coupled=True)
-        return Engine(target, None, options, proposer=draft)
-    fields: dict[str, str] = {"speculate": speculate}
-    if speculate == "head":
-        fields |= {"draft_model": "given", "draft_rule": "match"}
-    chosen = dataclasses.replace(options, **fields)  # type: ignore[arg-type]
-    head = tiny_head(spec, words=200) if speculate == "head" else None
-    return Engine(target, None, chosen, draft_head=head)
-
-
 @pytest.mark.parametrize("control", [False, None], ids=["always", "as it pays"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["heads", "mixed"])
 @pytest.mark.parametrize("speculate", ["lookup", "draft", "head"])
@@ -117,7 +99,7 @@ def test_guesses_change_no_token(speculate: str, mixed: bool, control: bool | No
     prompts, params = [p for p, _ in requests], [s for _, s in requests]
     wanted = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]
     options = dataclasses.replace(GPU, draft_control=control, max_batch=8)
-    engine = guessing(speculate, options, mixed=mixed)
+    engine = guessing(speculate, options, spec)
     for _ in range(2):
         found = [out.outputs[0].token_ids for out in engine.generate(prompts, params)]
         assert found == wanted

@@ -31,6 +31,11 @@ class Backend(Protocol):
     @property
     def name(self) -> Literal["native", "triton", "plain"]: ...
 
+    @property
+    def captures(self) -> int:
+        """Steps so far that prepared others of their shape, which took them far longer."""
+        ...
+
     def wait(self) -> None:
         """Until the buffers may be written again."""
         ...
@@ -129,6 +134,7 @@ class StepBuffers:
 
 class PlainBackend:
     name: Literal["plain"] = "plain"
+    captures = 0
 
     def wait(self) -> None:
         pass
@@ -161,6 +167,7 @@ class NativeBackend:
     """The whole step captured once as a program of native kernels, replayed for any size."""
 
     name: Literal["native"] = "native"
+    captures = 0
 
     def wait(self) -> None:
         pass

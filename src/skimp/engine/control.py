@@ -51,12 +51,17 @@ class StepTimes:
 
     @property
     def guessed(self) -> bool:
-        """Whether there are steps with guesses, and without."""
-        return len(self._times) > 1 and 0 in self._times
+        """Whether there are times with guesses, and without."""
+        known = self.medians()
+        return len(known) > 1 and known[0][0] == 0
 
     def medians(self) -> list[tuple[int, float]]:
-        """(rows, seconds), in order of the rows."""
-        return sorted(self._medians.items())
+        """(rows, seconds) that are believed, in order of the rows."""
+        return sorted(
+            (rows, seconds)
+            for rows, seconds in self._medians.items()
+            if len(self._times[rows]) >= LEAST_SAMPLES
+        )
 
 
 class LengthControl:

@@ -86,6 +86,11 @@ class ModelProposer(ABC):
         self.runs_ahead = served.runner.buffers.arena.is_cuda
         self._known: dict[Hashable, DraftedSequence] = {}
 
+    @property
+    def captures(self) -> int:
+        """Rounds so far that took long for the sake of others: see ``Backend``."""
+        return self.served.runner.backend.captures
+
     @abstractmethod
     def _begin(self, ask: Ask) -> Guess | None:
         """Bring a sequence up to date and reserve room; None where there is none."""

@@ -94,7 +94,7 @@ class Engine:
         # Guesses follow from tokens that the host has seen, so steps that guess never overlap.
         self._overlap = options.overlaps and (proposer is None or options.controls)
         control = LengthControl(drafts, plain_steps=4 if self._overlap else 1)
-        self._lengths = Lengths(drafts, control if options.controls and drafts else None)
+        self.lengths = Lengths(drafts, control if options.controls and drafts else None)
         self._flight: Flight | None = None  # launched, and not landed
         # What the last step left for a draft head, of the tokens that it settled.
         self._features: dict[Sequence, Tensor] = {}
@@ -255,12 +255,12 @@ class Engine:
             return self._step()
 
     def _step(self) -> list[RequestOutput]:
-        began = time.perf_counter()
+        began, captured = time.perf_counter(), self._captures()
         outputs, self._pending = self._pending, []
         flying, self._flight = self._flight, None
         before, launched, landed = flying, None, None
         try:
-            if self._lengths.decide(len(self.scheduler.running)) and before is not None:
+            if self.lengths.decide(len(self.scheduler.running)) and before is not None:
                 self._commit(before)
                 outputs += self._land(before)
                 before = None
@@ -278,9 +278,9 @@ class Engine:
                 outputs += self._land(launched)
                 landed = launched if flying is None else None
             for seq in self.scheduler.forget_ended():
-                self._lengths.end(seq)
-            if landed is not None:
-                self._lengths.time(landed.work, time.perf_counter() - began)
+                self.lengths.end(seq)
+            if landed is not None and captured == self._captures():
+                self.lengths.time(landed.work, time.perf_counter() - began)
         except BaseException:
             if before is not None:  # it broke while it landed
                 self._abandon(before)
@@ -289,6 +289,10 @@ class Engine:
             self._pending = outputs + self._pending
             raise
         return outputs
+
+    def _captures(self) -> int:
+        guessed: int = getattr(self.scheduler.proposer, "captures", 0)
+        return self.runner.backend.captures + guessed
 
     def _launch(self, before: Flight | None) -> Flight | None:
         """Start a step while ``before`` flies; None when there is nothing to compute."""
@@ -300,7 +304,7 @@ class Engine:
             assert not waits, "requests wait, but none could be scheduled"
             return None
         try:
-            self.scheduler.add_drafts(work, self._lengths.of, self._features)
+            self.scheduler.add_drafts(work, self.lengths.of, self._features)
             self._features = {}
             return self._start(work)
         except BaseException:
@@ -441,7 +445,7 @@ class Engine:
                 for gain in found:
                     stood = len(gain.tokens) - (gain.error is None)
                     self.speculation.count(len(item.draft.tokens), stood)
-                    self._lengths.count(item, stood)
+                    self.lengths.count(item, stood)
             if features is not None and len(draw.samples) == 1:
                 self._features[seq] = features[draw.row : draw.row + kept]
             if flight.deferred is None:

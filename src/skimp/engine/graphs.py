@@ -85,6 +85,10 @@ class GraphBackend:
         self._copied = torch.cuda.Event()
         self._copied.record()
 
+    @property
+    def captures(self) -> int:
+        return len(self._graphs)
+
     def wait(self) -> None:
         self._copied.synchronize()
 

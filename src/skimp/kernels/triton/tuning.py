@@ -79,14 +79,17 @@ def bucket(rows: int) -> int:
 
 
 def choose(problem: Problem, rows: int, device: torch.device) -> Config:
-    """The configuration for a bucket of rows."""
+    """The configuration for a bucket of rows: what was measured for it or, where rows are few, for
+    the next larger one, whose tiles have room for them."""
     if device.type != "cuda":
         return rule(problem, rows, 4)
     family, processors = _device(device.index or 0)
-    found = _table().get(problem.key(family, rows))
-    if found is None or not problem.takes(found.kind, rows):
-        return rule(problem, rows, processors)
-    return found
+    own = bucket(rows)
+    for size in (own, *(more for more in (2, 4, 8) if 1 < own < more)):
+        found = _table().get(problem.key(family, size))
+        if found is not None and problem.takes(found.kind, rows):
+            return found
+    return rule(problem, rows, processors)
 
 
 def rule(problem: Problem, rows: int, processors: int) -> Config:
@@ -96,7 +99,7 @@ def rule(problem: Problem, rows: int, processors: int) -> Config:
         return Config(kind="library")
     if problem.takes("few", rows) and rows <= 2:
         return _few_rule(problem, rows, processors)
-    if problem.takes("gemv", rows):
+    if problem.takes("gemv", rows) and rows == 1:
         return _gemv_rule(problem, rows, processors)
     return _dot_rule(problem, rows, processors)
 

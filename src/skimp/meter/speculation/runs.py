@@ -177,12 +177,12 @@ def longest_always(engine: Engine) -> Iterator[None]:
     """As many guesses as may be, and nothing learned of them by what controls their number."""
     from skimp.engine.speculation import Lengths
 
-    own = engine._lengths
-    engine._lengths = Lengths(engine.options.longest_draft, None)
+    own = engine.lengths
+    engine.lengths = Lengths(engine.options.longest_draft, None)
     try:
         yield
     finally:
-        engine._lengths = own
+        engine.lengths = own
 
 
 def _spent(engine: Engine) -> float:
