@@ -28,6 +28,7 @@ PRIOR_STANDS, PRIOR_COUNT = 0.7, 2.0  # before anything is known
 PRIOR_SLOPE = 0.15  # of a guessed row, in plain steps
 LOSS = 0.01  # that trying may cost
 MOST_STEPS_APART, LEAST_STEPS_APART = 1024, 16  # of tries
+GUESSING_STEPS = 3  # of a try to guess; the first has to catch up, and tells nothing of time
 BESIDE = 12  # steps from one of another length to the next
 GAIN_TO_BEGIN = 1.02  # hysteresis: guessing begins above this gain, and ends below 1
 GAIN_TO_ASK = 0.8  # what is predicted above this, of steps not done yet, is tried at once
@@ -78,7 +79,9 @@ class LengthControl:
         self._on: dict[int, bool] = {}
         self._steps = 0  # that guessed
         self._since = 0  # steps since the other way was tried
-        self._plain_left = 0  # steps of a try that are still to come
+        self._left = 0  # steps of a try that are still to come
+        self._tried = 0  # the length that it tries
+        self._guessed = False  # in the last step
 
     # ---- what is decided ------------------------------------------------------------------
 
@@ -87,9 +90,9 @@ class LengthControl:
         self._fade()
         if batch < 1:
             return 0
-        if self._plain_left:
-            self._plain_left -= 1
-            return 0
+        if self._left:
+            self._left -= 1
+            return self._tried
         times = self._times_of(batch)
         if times.samples(0) < LEAST_SAMPLES:
             return 0
@@ -99,13 +102,13 @@ class LengthControl:
         self._since += 1
         if not on and gain > GAIN_TO_ASK and times.samples(best) < LEAST_SAMPLES:
             return best
-        loss = self._plain_steps * (gain - 1.0) if on else expected * (1.0 / gain - 1.0)
+        steps = self._plain_steps if on else GUESSING_STEPS
+        loss = steps * (gain - 1.0 if on else expected * (1.0 / gain - 1.0))
         if self._since < min(max(loss / LOSS, LEAST_STEPS_APART), MOST_STEPS_APART):
             return self._about(best) if on else 0
-        self._since = 0
-        if on:
-            self._plain_left = self._plain_steps - 1
-        return 0 if on else best
+        self._since, self._left = 0, steps - 1
+        self._tried = 0 if on else best
+        return self._tried
 
     def _about(self, best: int) -> int:
         """``best`` and, now and then, a length beside it: one unlucky time must not rule it out."""
@@ -164,7 +167,9 @@ class LengthControl:
     def time(self, batch: int, rows: int, seconds: float) -> None:
         """A step in which ``batch`` sequences gained tokens and nothing else was done, with
         ``rows`` guessed rows in all."""
-        self._times_of(batch).add(-(-rows // batch), seconds)
+        before, self._guessed = self._guessed, rows > 0
+        if not rows or before:
+            self._times_of(batch).add(-(-rows // batch), seconds)
 
     def end(self, key: Hashable) -> None:
         """Forget a sequence."""
