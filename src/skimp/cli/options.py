@@ -57,20 +57,24 @@ CacheBytes = Annotated[
 Speculate = Annotated[
     str,
     typer.Option(
-        help="none, lookup, suffix or draft: guess tokens, check several at once.", metavar="NAME"
+        help="none, lookup, suffix, draft or head: guess tokens, check several at once.",
+        metavar="NAME",
     ),
 ]
 DraftTokens = Annotated[
     int | None,
-    typer.Option(help="Guess at most so many; 8, or 4 by a model.", metavar="N"),
+    typer.Option(help="Guess at most so many, fewer where it does not pay; 8.", metavar="N"),
 ]
 DraftModel = Annotated[
     str | None,
-    typer.Option(help="With --speculate draft: the smaller model that guesses.", metavar="MODEL"),
+    typer.Option(
+        help="With --speculate draft or head: the smaller model or the head that guesses.",
+        metavar="MODEL",
+    ),
 ]
 DraftRule = Annotated[
     str | None,
-    typer.Option(help="With --speculate draft: block, chain or match.", metavar="NAME"),
+    typer.Option(help="With --speculate draft or head: block, chain or match.", metavar="NAME"),
 ]
 Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="Same tokens whatever else runs, bit for bit.")
