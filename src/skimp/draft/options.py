@@ -11,7 +11,7 @@ from skimp.errors import OptionError, shown
 Loss = Literal["ce", "tv", "mix", "lk"]
 LOSSES: Final[tuple[Loss, ...]] = get_args(Loss)
 SELF: Final = "self"  # the text that the target writes
-LEAST_ROWS: Final = {"cpu": 2048, "cuda": 16384}  # of a forward, where the batch has as many
+LEAST_ROWS: Final = {"cpu": 2048, "cuda": 32768}  # of a forward, where the batch has as many
 
 
 @dataclass(frozen=True, kw_only=True)
