@@ -15,16 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from skimp.decoding.process import (
-    draw,
-    inverse_temperature,
-    judge,
-    to_device,
-    unwaited_weights,
-)
+from skimp.decoding.process import inverse_temperature, judge, to_device, unwaited_weights
 from skimp.decoding.proposal import Accepted
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.decoding.rows import RowState
+from skimp.kernels.draws import draw
 
 
 def deferrable(row: RowState, ahead: int) -> bool:
@@ -89,7 +84,7 @@ def draw_on_device(
         index = to_device(np.array(sampled, dtype=np.int64), device)
         part, most = logits[index], top[index]
     weights = unwaited_weights(part, most, table[1], table[2], chosen)
-    found = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1).to(tokens.dtype)
+    found = draw(weights, table[0]).to(tokens.dtype)
     tokens = found if index is None else tokens.index_copy(0, index, found)
     return DeviceDraws(tokens=tokens, top=top, sampled=sampled, weights=weights)
 

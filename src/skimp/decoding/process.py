@@ -35,6 +35,7 @@ from torch import Tensor
 
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.rows import RowState
+from skimp.kernels.draws import temper
 
 _NEG_INF = float("-inf")
 _FIRST_WIDTH = 1024  # columns tried first: most nuclei are smaller
@@ -89,14 +90,13 @@ def process(logits: Tensor, rows: Sequence[RowState]) -> Processed:
     if adjusted is raw:
         # the maximum carries NaN and +inf along, so the finiteness check is free
         top, best = _top(raw)
-        highest = top.tolist()
-        raw_highest = highest
+        tops = raw_tops = top.tolist()
     else:
         # a mask may hide a NaN, so the raw row is looked at too
-        raw_highest = raw.amax(dim=-1).tolist()
+        raw_tops = raw.amax(dim=-1).tolist()
         top, best = _top(adjusted)
-        highest = top.tolist()
-    errors = tuple(judge(a, b) for a, b in zip(raw_highest, highest))
+        tops = top.tolist()
+    errors = tuple(judge(a, b) for a, b in zip(raw_tops, tops))
     sampled = tuple(
         i for i, row in enumerate(rows) if row.params.temperature != 0.0 and errors[i] is None
     )
@@ -195,8 +195,7 @@ def judge(raw_highest: float, highest: float) -> str | None:
 def _weights(logits: Tensor, top: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Steps 4-7: float64 [S, V]."""
     scales = [inverse_temperature(row.params) for row in rows]
-    scale = scales[0] if len(set(scales)) == 1 else _column(scales, logits)
-    weights = _tempered(logits, top, scale)
+    weights = temper(logits, top, scales)
     truncate(weights, logits, rows)
     if any(row.params.min_p > 0.0 for row in rows):
         # the largest weight is exactly 1, so the ratio to it is the weight
@@ -212,7 +211,7 @@ def unwaited_weights(
     ``scales`` and ``min_p`` are float64 [S] on the device of the logits; ``scales`` are
     :func:`inverse_temperature`.
     """
-    weights = _tempered(logits, top, scales[:, None])
+    weights = temper(logits, top, scales)
     truncate(weights, logits, rows)
     return weights.masked_fill_(weights < min_p[:, None], 0.0)
 
@@ -220,14 +219,6 @@ def unwaited_weights(
 def inverse_temperature(params: SamplingParams) -> float:
     """1/T, cut where it would overflow: 0 * inf is no number."""
     return min(1.0 / params.temperature, 1e300)
-
-
-def _tempered(logits: Tensor, top: Tensor, scale: Tensor | float) -> Tensor:
-    # The maximum is taken off first, so no temperature overflows.
-    weights = logits.double().sub_(top.double()[:, None])
-    if isinstance(scale, Tensor) or scale != 1.0:
-        weights.mul_(scale)
-    return weights.exp_()
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
@@ -356,14 +347,3 @@ def _drop(weights: Tensor, logits: Tensor, limit: float, ties: int | None) -> No
         equal = (logits == limit).nonzero().view(-1)
         if len(equal) > ties:
             weights[equal[ties:]] = 0.0
-
-
-def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse CDF: the first token whose cumulative weight exceeds ``u * total``; int64 [S].
-
-    ``weights`` float64 [S, V], not normalised, of positive sum; ``uniforms`` float64 [S] in
-    [0, 1). A token of weight 0 is never returned. Also draws the residual of a refused draft.
-    """
-    mass = weights.cumsum(dim=-1)
-    target = uniforms[:, None] * mass[:, -1:]
-    return torch.searchsorted(mass, target, right=True).squeeze(1)

@@ -8,7 +8,6 @@ request as it would be if the drafted tokens had been committed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from copy import copy
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +138,8 @@ class RowState:
 
     def drafted(self, tokens: Sequence[int]) -> RowState:
         """This row as if ``tokens`` had been committed; shares everything, costs O(1)."""
-        view = copy(self)
+        view = object.__new__(RowState)  # copy() takes several times as long
+        view.__dict__.update(self.__dict__)
         view._draft = (*self._draft, *tokens)
         return view
 

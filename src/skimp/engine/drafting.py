@@ -13,11 +13,12 @@ from torch import Tensor
 
 from skimp.cache import CacheSequence
 from skimp.decoding.deferred import DeviceDraws, deferrable, draw_on_device
-from skimp.decoding.process import draw, judge, process
+from skimp.decoding.process import judge, process
 from skimp.decoding.proposal import EMPTY, Ask, Draft
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.engine.request import Flying
 from skimp.engine.served import ServedModel
+from skimp.kernels.draws import normalised, rows_of
 
 
 class DraftedSequence:
@@ -150,11 +151,11 @@ class ModelProposer(ABC):
         if weights is not None:
             some = [drawing[i] for i in sampled]
             numbers = self._numbers(some, [len(guess.tokens) for guess in some])
-            found = draw(weights, torch.from_numpy(numbers).to(weights.device)).tolist()
+            found = rows_of((weights,)).draw(numbers.tolist())
             for i, token in zip(sampled, found):
                 tokens[i] = token
             if not self._coupled:
-                for i, law in zip(sampled, weights / weights.sum(dim=-1, keepdim=True)):
+                for i, law in zip(sampled, normalised(weights)):
                     drawing[i].laws.append(law)
         for i, guess in enumerate(drawing):
             if processed.errors[i] is not None:
@@ -201,7 +202,7 @@ class ModelProposer(ABC):
         for drawing, draws in rounds:
             laws = draws.weights
             if laws is not None and not self._coupled:
-                laws = laws / laws.sum(dim=-1, keepdim=True)
+                laws = normalised(laws)
             of = dict(zip(draws.sampled, range(len(draws.sampled))))
             for i, guess in enumerate(drawing):
                 token, top = values[place + i]
