@@ -44,7 +44,7 @@ from skimp.decoding.proposal import Draft
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.decoding.rows import RowState
 from skimp.decoding.sampler import Sampler
-from skimp.kernels.draws import PlainRows, Rows, draw, rows_of
+from skimp.kernels.draws import PlainRows, Rows, rows_of
 
 FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -224,9 +224,11 @@ class Drawer:
         for lead in range(length):
             law = np.stack([self._law((*r.outputs, *t)) for r, t in zip(rows, tokens)])
             positions = [row.position + lead for row in rows]
-            numbers = torch.from_numpy(uniforms(keys, positions, Purpose.DRAFT, [lead] * len(rows)))
+            numbers = torch.tensor(
+                uniforms(keys, positions, Purpose.DRAFT, [lead] * len(rows)), dtype=torch.float64
+            )
             laws.append(torch.from_numpy(law))
-            for own, token in zip(tokens, draw(laws[-1], numbers).tolist()):
+            for own, token in zip(tokens, rows_of([laws[-1]]).draw(numbers)):
                 own.append(token)
         stacked = torch.stack(laws, dim=1).to(self._device)
         return [Draft(tuple(own), law) for own, law in zip(tokens, stacked)]

@@ -197,7 +197,7 @@ class RatioTest:
             scales = [share * factor for share, factor in zip(shares, factors)]
             left = judged.sums_left(laws, scales)
             keys, starts = [row.key for row in rows], [row.position for row in rows]
-            numbers = uniforms(keys, starts, Purpose.ACCEPT).tolist()
+            numbers = uniforms(keys, starts, Purpose.ACCEPT)
             for i, (block, one, number) in enumerate(zip(blocks, by_block, numbers)):
                 rest = left[block.first : block.first + block.length]
                 reached = list(accumulate(self._rule.chances(one, rest)))
@@ -222,8 +222,7 @@ class RatioTest:
 
         def numbers(which: Sequence[int], purpose: Purpose) -> list[float]:
             positions = [rows[i].position + kept[i] for i in which]
-            drawn: list[float] = uniforms([rows[i].key for i in which], positions, purpose).tolist()
-            return drawn
+            return uniforms([rows[i].key for i in which], positions, purpose)
 
         if fell:
             assert laws is not None

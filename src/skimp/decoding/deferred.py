@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from skimp.decoding.process import inverse_temperature, judge, to_device, unwaited_weights
@@ -24,10 +23,7 @@ from skimp.kernels.draws import draw
 
 def deferrable(row: RowState, ahead: int) -> bool:
     """Whether the row can be drawn without the host, ``ahead`` tokens past those committed."""
-    params = row.params
-    masked = row.end_ids and row.position + ahead < params.min_tokens
-    touched = row.penalties is not None or params.logit_bias or row.bad_words or masked
-    return not (touched or row.allowed is not None or params.logprobs is not None)
+    return not row.touched(ahead) and row.params.logprobs is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +60,7 @@ class DeviceDraws:
 def draw_on_device(
     logits: Tensor,
     rows: Sequence[RowState],
-    numbers: Sequence[float] | NDArray[np.float64],
+    numbers: Sequence[float],
     highest: tuple[Tensor, Tensor] | None = None,
 ) -> DeviceDraws:
     """Draw one token for each row of ``logits`` [L, V] float32 by its number in [0, 1), without

@@ -115,6 +115,7 @@ class RowState:
         self.end_ids = tuple(
             dict.fromkeys(token for token in (*ends, *params.stop_token_ids) if token < vocab_size)
         )
+        self._always_touched = bool(params.has_penalties or params.logit_bias or self.bad_words)
         self._draft: tuple[int, ...] = ()
         self._bad_reach = max((len(word) - 1 for word in self.bad_words), default=0)
 
@@ -127,6 +128,12 @@ class RowState:
     def draft(self) -> tuple[int, ...]:
         """Tokens assumed but not committed."""
         return self._draft
+
+    def touched(self, ahead: int = 0) -> bool:
+        """Whether penalties, a bias or masks may change the logits, ``ahead`` tokens on."""
+        if self._always_touched or self.allowed is not None:
+            return True
+        return bool(self.end_ids) and self.position + ahead < self.params.min_tokens
 
     def commit(self, tokens: Iterable[int]) -> None:
         """Append output tokens. Not on a drafted view: those are thrown away."""

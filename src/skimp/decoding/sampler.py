@@ -64,11 +64,11 @@ class Sampler:
         uniform of (row key, row position), so a token depends on its own row alone.
         """
         processed = process(logits, rows)
-        tokens = processed.best.tolist()
+        tokens = list(processed.best)
         if processed.weights is not None:
             keys = [rows[i].key for i in processed.sampled]
             positions = [rows[i].position for i in processed.sampled]
-            numbers = uniforms(keys, positions, Purpose.SAMPLE).tolist()
+            numbers = uniforms(keys, positions, Purpose.SAMPLE)
             drawn = rows_of((processed.weights,)).draw(numbers)
             for i, token in zip(processed.sampled, drawn):
                 tokens[i] = token

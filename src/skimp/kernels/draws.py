@@ -8,10 +8,12 @@ Shapes: N rows, V vocabulary. Numbers to draw with are in [0, 1).
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +63,72 @@ def plain_temper(logits: Tensor, tops: Tensor, scales: Tensor | Sequence[float])
     return weights.exp_()
 
 
+def find_laws(logits: Tensor, scales: Sequence[float]) -> tuple[list[float], list[int], Tensor]:
+    """Of each row of float32 [N, V] the largest (NaN if it has one) and of its places the first;
+    and, as :func:`temper`, the weights of the S rows with a finite one and a scale above 0."""
+    if not is_native(logits):
+        return plain_find_laws(logits, scales)
+    count, width = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    factors = array("d", scales)
+    assert len(factors) == count
+    tops, best = array("d", factors), array("q", bytes(8 * count))
+    weights = torch.empty(count - scales.count(0.0), width, dtype=torch.float64)
+    library().find_laws(
+        logits.data_ptr(),
+        logits.stride(0),
+        factors,
+        count,
+        width,
+        tops,
+        best,
+        weights.data_ptr(),
+    )
+    highest = tops.tolist()
+    found = _with_law(highest, scales)
+    return highest, best.tolist(), weights if len(found) == len(weights) else weights[: len(found)]
+
+
+def plain_find_laws(
+    logits: Tensor, scales: Sequence[float]
+) -> tuple[list[float], list[int], Tensor]:
+    if logits.device.type == "cpu":
+        # numpy's argmax is vectorised and several times quicker than torch's max with indices
+        values = logits.numpy()
+        places = values.argmax(axis=-1)
+        best = torch.from_numpy(places)
+        top = torch.from_numpy(values[np.arange(len(places)), places])
+    else:
+        top, best = logits.max(dim=-1)
+    highest = top.tolist()
+    found = _with_law(highest, scales)
+    if 0 < len(found) < len(logits):
+        index = torch.tensor(found, device=logits.device)
+        logits, top = logits[index], top[index]
+    if found:
+        weights = plain_temper(logits, top, [scales[i] for i in found])
+    else:
+        weights = logits.new_empty(0, logits.shape[1], dtype=torch.float64)
+    return highest, best.tolist(), weights
+
+
+def random_numbers(
+    keys: Sequence[int], positions: Sequence[int], leads: Sequence[int], purpose: int
+) -> list[float]:
+    """Philox4x32-10 as ``decoding/rng.py`` has it, natively."""
+    assert len(keys) == len(positions) == len(leads)
+    found = array("d", bytes(8 * len(keys)))
+    library().random_numbers(
+        array("Q", keys), array("q", positions), array("q", leads), purpose, len(keys), found
+    )
+    return found.tolist()
+
+
+def _with_law(tops: Sequence[float], scales: Sequence[float]) -> list[int]:
+    return [i for i, top in enumerate(tops) if scales[i] > 0.0 and math.isfinite(top)]
+
+
 def draw(weights: Tensor, numbers: Tensor) -> Tensor:
     """The first token of each row whose cumulative weight exceeds ``number * sum``; int64 [N].
 
@@ -79,14 +147,6 @@ def plain_draw(weights: Tensor, numbers: Tensor) -> Tensor:
     return found.clamp_(max=weights.shape[1] - 1)
 
 
-def normalised(weights: Tensor) -> Tensor:
-    """Rows [N, V] that each sum to 1: times the reciprocal, which acceptors use as well."""
-    if not is_native(weights):
-        return weights * weights.sum(dim=-1, keepdim=True).reciprocal_()
-    totals = torch.tensor(rows_of((weights,)).sums(), dtype=torch.float64)
-    return weights * totals.reciprocal_()[:, None]
-
-
 class Rows(ABC):
     """Weights of N rows, float64 and not normalised, to ask for a few numbers at a time."""
 
@@ -95,6 +155,11 @@ class Rows(ABC):
 
     @abstractmethod
     def sums(self) -> list[float]: ...
+
+    @abstractmethod
+    def normalise(self, laws: Sequence[Tensor]) -> None:
+        """Into ``laws``, tensors [n, V] of N rows together: rows that each sum to 1, times the
+        reciprocal of the sum."""
 
     @abstractmethod
     def chosen(self, ids: Sequence[int]) -> list[float]:
@@ -127,6 +192,14 @@ class PlainRows(Rows):
 
     def sums(self) -> list[float]:
         return _floats(self.weights.sum(dim=-1))
+
+    def normalise(self, laws: Sequence[Tensor]) -> None:
+        factors = self.weights.sum(dim=-1, keepdim=True).reciprocal_()
+        first = 0
+        for law in laws:
+            part = slice(first, first + len(law))
+            torch.mul(self.weights[part], factors[part], out=law)
+            first += len(law)
 
     def chosen(self, ids: Sequence[int]) -> list[float]:
         index = torch.tensor(ids, device=self.weights.device)
@@ -172,6 +245,10 @@ class NativeRows(Rows):
         places, found = self._places, array("d", self._places)
         library().sum_weights(places, len(places), self._width, found)
         return found.tolist()
+
+    def normalise(self, laws: Sequence[Tensor]) -> None:
+        places = self._places
+        library().normalise(places, len(places), self._width, self._like(NativeRows(laws)))
 
     def chosen(self, ids: Sequence[int]) -> list[float]:
         places, found = self._places, array("d", self._places)

@@ -3,6 +3,7 @@
 #include "draws.h"
 
 #include <bit>
+#include <limits>
 
 #include "cpu.h"
 
@@ -93,16 +94,61 @@ SKIMP_ALWAYS int64_t draw_row(const auto& row, int64_t width, double target) {
   return width - 1;
 }
 
-SKIMP_ALWAYS void temper_rows(const float* logits, int64_t stride, const float* tops,
-                              const double* scales, int64_t rows, int64_t width, double* weights) {
+SKIMP_ALWAYS void temper_row(const float* __restrict logits, double top, double scale,
+                             int64_t width, double* __restrict weights) {
   // Were it known to the compiler, it would branch around the series and not vectorise the loop.
   volatile double known = LEAST;
   const double least = known;
+  for (int64_t i = 0; i < width; ++i) weights[i] = exp_of((logits[i] - top) * scale, least);
+}
+
+SKIMP_ALWAYS void temper_rows(const float* logits, int64_t stride, const float* tops,
+                              const double* scales, int64_t rows, int64_t width, double* weights) {
+  for (int64_t row = 0; row < rows; ++row)
+    temper_row(logits + row * stride, tops[row], scales[row], width, weights + row * width);
+}
+
+SKIMP_ALWAYS bool has(const float* from, int64_t count, float value) {
+  int32_t found = 0;
+  for (int64_t i = 0; i < count; ++i) found |= from[i] == value;
+  return found;
+}
+
+SKIMP_ALWAYS void find_rows(const float* logits, int64_t stride, const double* scales,
+                            int64_t rows, int64_t width, double* tops, int64_t* best,
+                            double* weights) {
+  constexpr int32_t SIGNLESS = 0x7fffffff, INFINITE = 0x7f800000;
   for (int64_t row = 0; row < rows; ++row) {
-    const float* __restrict from = logits + row * stride;
-    double* __restrict to = weights + row * width;
-    const double top = tops[row], scale = scales[row];
-    for (int64_t i = 0; i < width; ++i) to[i] = exp_of((from[i] - top) * scale, least);
+    const float* from = logits + row * stride;
+    // As integers of the same order: a maximum of floats is not vectorised, because of NaN.
+    int32_t most = INT32_MIN, largest = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      const int32_t bits = std::bit_cast<int32_t>(from[i]);
+      const int32_t size = bits & SIGNLESS, key = bits ^ ((bits >> 31) & SIGNLESS);
+      most = key > most ? key : most;
+      largest = size > largest ? size : largest;
+    }
+    best[row] = 0;
+    tops[row] = std::numeric_limits<double>::quiet_NaN();
+    if (largest > INFINITE) continue;
+    const float top = std::bit_cast<float>(most ^ ((most >> 31) & SIGNLESS));
+    int64_t at = 0;
+    while (at + BLOCK < width && !has(from + at, BLOCK, top)) at += BLOCK;
+    while (from[at] != top) ++at;
+    tops[row] = top;
+    best[row] = at;
+    if (scales[row] > 0.0 && (std::bit_cast<int32_t>(top) & SIGNLESS) < INFINITE) {
+      temper_row(from, top, scales[row], width, weights);
+      weights += width;
+    }
+  }
+}
+
+SKIMP_ALWAYS void normalise_rows(const double* const* weights, int64_t rows, int64_t width,
+                                 double* const* laws) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const double factor = 1.0 / sum_row(Whole{weights[row]}, width);
+    for (int64_t i = 0; i < width; ++i) laws[row][i] = weights[row][i] * factor;
   }
 }
 
@@ -162,6 +208,8 @@ SKIMP_ALWAYS void draw_left_rows(const double* const* weights, const double* con
 #endif
 
 SKIMP_TARGETS(temper, temper_rows)
+SKIMP_TARGETS(find, find_rows)
+SKIMP_TARGETS(normal, normalise_rows)
 SKIMP_TARGETS(sum, sum_rows)
 SKIMP_TARGETS(draw, draw_rows)
 SKIMP_TARGETS(sum_left, sum_left_rows)
@@ -170,6 +218,35 @@ SKIMP_TARGETS(draw_left, draw_left_rows)
 void temper(const float* logits, int64_t stride, const float* tops, const double* scales,
             int64_t rows, int64_t width, double* weights) {
   temper_any(logits, stride, tops, scales, rows, width, weights);
+}
+
+void find_laws(const float* logits, int64_t stride, const double* scales, int64_t rows,
+               int64_t width, double* tops, int64_t* best, double* weights) {
+  find_any(logits, stride, scales, rows, width, tops, best, weights);
+}
+
+void random_numbers(const uint64_t* keys, const int64_t* positions, const int64_t* leads,
+                    int64_t purpose, int64_t count, double* numbers) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto position = static_cast<uint64_t>(positions[i]);
+    uint32_t c[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32),
+                     static_cast<uint32_t>(purpose), static_cast<uint32_t>(leads[i])};
+    uint32_t k[2] = {static_cast<uint32_t>(keys[i]), static_cast<uint32_t>(keys[i] >> 32)};
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t a = uint64_t{0xD2511F53} * c[0], b = uint64_t{0xCD9E8D57} * c[2];
+      c[0] = static_cast<uint32_t>(b >> 32) ^ c[1] ^ k[0];
+      c[1] = static_cast<uint32_t>(b);
+      c[2] = static_cast<uint32_t>(a >> 32) ^ c[3] ^ k[1];
+      c[3] = static_cast<uint32_t>(a);
+      k[0] += 0x9E3779B9;
+      k[1] += 0xBB67AE85;
+    }
+    numbers[i] = ((c[0] >> 5) * 67108864.0 + (c[1] >> 6)) * 0x1p-53;
+  }
+}
+
+void normalise(const double* const* weights, int64_t rows, int64_t width, double* const* laws) {
+  normal_any(weights, rows, width, laws);
 }
 
 void pick_weights(const double* const* weights, const int64_t* ids, int64_t rows, double* found) {

@@ -192,6 +192,26 @@ PyObject* law_temper(PyObject*, PyObject* const* args, Py_ssize_t given) {
   });
 }
 
+PyObject* law_find(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<8>(args, given, [](const long long* a) {
+    find_laws(pointer<float>(a[0]), a[1], pointer<double>(a[2]), a[3], a[4],
+              pointer<double>(a[5]), pointer<int64_t>(a[6]), pointer<double>(a[7]));
+  });
+}
+
+PyObject* law_numbers(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<6>(args, given, [](const long long* a) {
+    random_numbers(pointer<uint64_t>(a[0]), pointer<int64_t>(a[1]), pointer<int64_t>(a[2]), a[3],
+                   a[4], pointer<double>(a[5]));
+  });
+}
+
+PyObject* law_normalise(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<4>(args, given, [](const long long* a) {
+    normalise(pointer<const double*>(a[0]), a[1], a[2], pointer<double*>(a[3]));
+  });
+}
+
 PyObject* law_pick(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return with_arrays<4>(args, given, [](const long long* a) {
     pick_weights(pointer<const double*>(a[0]), pointer<int64_t>(a[1]), a[2],
@@ -241,6 +261,11 @@ PyMethodDef METHODS[] = {
     {"set_isa", isa_set, METH_O, "set_isa(name): use a lower instruction set"},
     {"advise_huge", FAST(advise_huge), "advise_huge(address, bytes): ask for large pages"},
     {"temper", FAST(law_temper), "temper(logits, stride, tops, scales, rows, width, weights)"},
+    {"find_laws", FAST(law_find),
+     "find_laws(logits, stride, scales, rows, width, tops, best, weights)"},
+    {"random_numbers", FAST(law_numbers),
+     "random_numbers(keys, positions, leads, purpose, count, numbers)"},
+    {"normalise", FAST(law_normalise), "normalise(weights, rows, width, laws)"},
     {"pick_weights", FAST(law_pick), "pick_weights(weights, ids, rows, found)"},
     {"sum_weights", FAST(law_sums), "sum_weights(weights, rows, width, sums)"},
     {"draw_tokens", FAST(law_draw), "draw_tokens(weights, numbers, rows, width, tokens)"},
