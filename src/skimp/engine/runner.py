@@ -93,10 +93,10 @@ class Runner:
     def sampling_threads(self) -> Iterator[None]:
         """PyTorch on one thread while it draws from a native step's logits: waking its second
         team costs more than it saves, and the two teams would spin against each other."""
-        if self.backend.name != "native":
+        threads = torch.get_num_threads()
+        if self.backend.name != "native" or threads == 1:
             yield
             return
-        threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             yield

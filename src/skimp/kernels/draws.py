@@ -22,7 +22,7 @@ from skimp.kernels.native.library import library
 
 
 def is_native(rows: Tensor) -> bool:
-    return rows.device.type == "cpu" and native.available()
+    return rows.is_cpu and native.available()
 
 
 def temper(logits: Tensor, tops: Tensor, scales: Tensor | Sequence[float]) -> Tensor:
