@@ -11,6 +11,7 @@ from skimp.decoding.rng import (
     make_key,
     philox4x32,
     philox4x32_many,
+    plain_uniforms,
     uniform,
     uniforms,
 )
@@ -46,12 +47,13 @@ def test_scalar_and_vector_agree_bit_for_bit() -> None:
     rng = np.random.default_rng(0)
     keys = [int(k) for k in rng.integers(0, 2**64, 500, dtype=np.uint64)]
     positions = [int(p) for p in rng.integers(0, 2**40, 500)]
+    leads = [int(lead) for lead in rng.integers(0, 16, 500)]
     for purpose in Purpose:
-        many = uniforms(keys, positions, purpose)
-        one = [uniform(k, p, purpose) for k, p in zip(keys, positions)]
-        assert many.tolist() == one
-        # few rows take the other path
-        assert uniforms(keys[:3], positions[:3], purpose).tolist() == one[:3]
+        one = [uniform(k, p, purpose, lead) for k, p, lead in zip(keys, positions, leads)]
+        assert uniforms(keys, positions, purpose, leads) == one
+        assert plain_uniforms(keys, positions, leads, purpose) == one
+        # few rows take another path
+        assert plain_uniforms(keys[:3], positions[:3], leads[:3], purpose) == one[:3]
 
 
 def test_uniforms_are_uniform_along_each_axis() -> None:
@@ -60,7 +62,7 @@ def test_uniforms_are_uniform_along_each_axis() -> None:
     along_position = uniforms([key] * n, list(range(n)), Purpose.SAMPLE)
     along_key = uniforms([make_key(s) for s in range(n)], [0] * n, Purpose.SAMPLE)
     for draws in (along_position, along_key):
-        assert draws.min() >= 0.0 and draws.max() < 1.0
+        assert min(draws) >= 0.0 and max(draws) < 1.0
         assert stats.kstest(draws, "uniform").pvalue > 1e-4
 
 
@@ -77,7 +79,7 @@ def test_streams_are_pairwise_independent() -> None:
     for other in others:
         table = np.histogram2d(base, other, bins=16, range=[[0, 1], [0, 1]])[0]
         assert stats.chi2_contingency(table).pvalue > 1e-4
-        assert not np.any(base == other)
+        assert not np.any(np.equal(base, other))
 
 
 def test_keys() -> None:

@@ -4,7 +4,7 @@ known mistakes that the enumeration must find."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -24,6 +24,7 @@ from speculation_reference import (
     by_hand,
     drafts,
     joint,
+    normal,
     siblings,
     total_variation,
 )
@@ -36,14 +37,14 @@ from skimp.decoding.accept import (
     RatioTest,
     Rule,
     RuleName,
-    ends_after,
 )
 from skimp.decoding.params import SamplingParams
-from skimp.decoding.process import draw, process
+from skimp.decoding.process import process
 from skimp.decoding.proposal import Draft
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.decoding.rows import RowState
 from skimp.decoding.sampler import Sampler
+from skimp.kernels.draws import PlainRows, Rows, rows_of
 
 FILTERS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -104,10 +105,10 @@ def by_rule(toy: Toy, rule: Rule, q: Law, p: Law) -> Iterator[Outcome]:
         ql = np.stack([q(tokens[:i]) for i in range(GAMMA)])
         ids = list(tokens)
         shares = rule.shares(pl[range(GAMMA), ids] / ql[range(GAMMA), ids])
-        left = np.maximum(shares[:-1, None] * pl[:-1] - ql, 0.0).sum(-1)
-        chances = rule.chances(pl[range(GAMMA), ids] / ql[range(GAMMA), ids], left)
-        after = ends_after(*map(torch.from_numpy, (pl[:-1], ql, shares[:-1])))
-        after = (after / after.sum(-1, keepdim=True)).numpy()
+        rests = np.maximum(np.array(shares[:-1])[:, None] * pl[:-1] - ql, 0.0)
+        left = rests.sum(-1)
+        chances = np.array(rule.chances(pl[range(GAMMA), ids] / ql[range(GAMMA), ids], left))
+        after = [normal(rest, whole) for rest, whole in zip(rests, pl)]
         assert chances.min() >= 0.0 and abs(chances.sum() - 1.0) < 1e-12
         for i in range(GAMMA + 1):
             if chances[i] > 0.0:
@@ -196,7 +197,7 @@ def test_halves_of_two_rules_do_not_fit() -> None:
     """The counts of one rule with the residual of the other is a fault that the suite finds."""
 
     class Mixed(Chain):
-        def shares(self, ratios: Floats) -> Floats:
+        def shares(self, ratios: Sequence[float]) -> list[float]:
             return Block().shares(ratios)
 
     toy = Toy("plain", 0)
@@ -223,9 +224,11 @@ class Drawer:
         for lead in range(length):
             law = np.stack([self._law((*r.outputs, *t)) for r, t in zip(rows, tokens)])
             positions = [row.position + lead for row in rows]
-            numbers = torch.from_numpy(uniforms(keys, positions, Purpose.DRAFT, [lead] * len(rows)))
+            numbers = torch.tensor(
+                uniforms(keys, positions, Purpose.DRAFT, [lead] * len(rows)), dtype=torch.float64
+            )
             laws.append(torch.from_numpy(law))
-            for own, token in zip(tokens, draw(laws[-1], numbers).tolist()):
+            for own, token in zip(tokens, rows_of([laws[-1]]).draw(numbers)):
                 own.append(token)
         stacked = torch.stack(laws, dim=1).to(self._device)
         return [Draft(tuple(own), law) for own, law in zip(tokens, stacked)]
@@ -316,7 +319,10 @@ def test_1_300_000_sequences_on_a_gpu(name: RuleName) -> None:
 
 
 def test_counting_finds_a_wrong_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("skimp.decoding.accept.ends_after", lambda p, q, share: p)
+    def from_p(rows: Rows, laws: Rows, scales: list[float], numbers: list[float]) -> list[int]:
+        return rows.draw(numbers)
+
+    monkeypatch.setattr(type(rows_of([torch.ones(1, 1, dtype=torch.float64)])), "draw_left", from_p)
     drawer = Drawer(Toy("plain", 77), RatioTest(Sampler(), Chain()))
     assert chi_square(counts(drawer, range(10_000)), block_law(Toy("plain", 77).p)) < 1e-9
 
@@ -380,14 +386,16 @@ def test_a_draft_that_falls_before_a_bad_line_never_meets_it() -> None:
 
 def test_equal_laws_leave_the_target_as_it_is() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
-    assert torch.equal(ends_after(p, p, torch.ones(1, dtype=torch.float64)), p)
+    for rows in (rows_of([p]), PlainRows([p])):
+        for number, token in ((0.0, 0), (0.49, 0), (0.51, 1), (0.99, 2)):
+            assert rows.draw_left(rows, [1.0], [number]) == [token]
 
 
 def test_ratios_of_nothing_and_of_too_much() -> None:
-    ratios, left = np.array([0.0, np.inf, 1.0]), np.array([1.0, 0.0, 0.0])
+    ratios, left = [0.0, np.inf, 1.0], [1.0, 0.0, 0.0]
     for rule in RULES.values():
         assert rule.shares(ratios)[2] in (0.0, 1.0)
-        assert rule.chances(ratios, left).tolist() == [1.0, 0.0, 0.0, 0.0]
+        assert rule.chances(ratios, left) == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_logprobs_are_those_of_plain_rows() -> None:

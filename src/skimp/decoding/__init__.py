@@ -14,11 +14,12 @@ The interface, and who may change what:
 """
 
 from skimp.decoding.params import ParamsError, SamplingParams
-from skimp.decoding.process import Processed, draw, process
+from skimp.decoding.process import Processed, process
 from skimp.decoding.rng import Purpose, uniform, uniforms
 from skimp.decoding.rows import PenaltyState, RowState, resolve_bad_words
 from skimp.decoding.sampler import SampledBatch, Sampler, TokenLogprobs, prompt_logprobs
 from skimp.decoding.stops import FinishReason, StopChecker, StopStrings
+from skimp.kernels.draws import draw
 
 __all__ = [
     "FinishReason",

@@ -18,32 +18,33 @@ stands as far as it agrees: the ratio test with a one-hot q, and the tokens of p
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Final, Literal, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from skimp.decoding.process import Processed, draw, process
+from skimp.decoding.process import Processed, process
 from skimp.decoding.proposal import Accepted, Draft
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.decoding.rows import RowState
 from skimp.decoding.sampler import Sampler, TokenLogprobs
+from skimp.kernels.draws import Rows, rows_of
 
-Floats = NDArray[np.float64]
+Floats = Sequence[float]
 RuleName = Literal["block", "chain"]
 
 
 class Rule(Protocol):
     """Of one block, everything in float64; see the module."""
 
-    def shares(self, ratios: Floats) -> Floats:
+    def shares(self, ratios: Floats) -> list[float]:
         """c_0 .. c_k, of ``ratios`` r_1 .. r_k."""
         ...
 
-    def chances(self, ratios: Floats, left: Floats) -> Floats:
+    def chances(self, ratios: Floats, left: Floats) -> list[float]:
         """That exactly 0 .. k tokens stand; ``left`` [k] are the sums of (c_i p_{i+1} - q_{i+1})+
         for i = 0 .. k - 1."""
         ...
@@ -52,52 +53,43 @@ class Rule(Protocol):
 class Chain:
     """The first refusal ends the block."""
 
-    def shares(self, ratios: Floats) -> Floats:
-        return np.ones(len(ratios) + 1)
+    def shares(self, ratios: Floats) -> list[float]:
+        return [1.0] * (len(ratios) + 1)
 
-    def chances(self, ratios: Floats, left: Floats) -> Floats:
-        keeps = np.minimum(ratios, 1.0)
-        reached = np.concatenate(([1.0], np.cumprod(keeps)))
-        reached[:-1] *= 1.0 - keeps
-        return reached
+    def chances(self, ratios: Floats, left: Floats) -> list[float]:
+        found, reached = [], 1.0
+        for ratio in ratios:
+            keeps = min(ratio, 1.0)
+            found.append(reached * (1.0 - keeps))
+            reached *= keeps
+        return [*found, reached]
 
 
 class Block:
     """A token with p > q makes up for one before it with p < q."""
 
-    def shares(self, ratios: Floats) -> Floats:
-        found = np.ones(len(ratios) + 1)
-        for i, ratio in enumerate(ratios):
-            found[i + 1] = min(found[i] * ratio, 1.0) if found[i] > 0.0 else 0.0
+    def shares(self, ratios: Floats) -> list[float]:
+        found = [1.0]
+        for ratio in ratios:
+            found.append(min(found[-1] * ratio, 1.0) if found[-1] > 0.0 else 0.0)
         return found
 
-    def chances(self, ratios: Floats, left: Floats) -> Floats:
+    def chances(self, ratios: Floats, left: Floats) -> list[float]:
         shares = self.shares(ratios)
-        stands = shares.copy()  # the chance of "i or more", given that i + 1 and more fell
-        stands[0] = 1.0
-        inner, rest = left[1:], 1.0 - shares[1:-1]
-        whole = inner + rest
-        # Nothing left and nothing missing: both laws are one, and no draft falls here.
-        stands[1:-1] = np.divide(inner, whole, out=np.ones_like(inner), where=whole > 0.0)
-        fell = np.concatenate((np.cumprod((1.0 - stands[1:])[::-1])[::-1], [1.0]))
-        found: Floats = stands * fell
-        return found
+        found, fell = [], 1.0  # the chance that all longer ones fell
+        for i in range(len(ratios), 0, -1):
+            if i == len(ratios):
+                stands = shares[i]
+            else:
+                # Nothing left and nothing missing: both laws are one, and no draft falls here.
+                whole = left[i] + (1.0 - shares[i])
+                stands = left[i] / whole if whole > 0.0 else 1.0
+            found.append(stands * fell)
+            fell *= 1.0 - stands
+        return [fell, *reversed(found)]
 
 
 RULES: Final[dict[RuleName, Rule]] = {"block": Block(), "chain": Chain()}
-
-
-def left_of(weights: Tensor, laws: Tensor, shares: Tensor) -> Tensor:
-    """(c p - q)+, float64 [N, V]. ``weights`` are p and ``laws`` q [N, V]; ``shares`` c [N]."""
-    return (weights * shares[:, None]).sub_(laws).clamp_(min=0.0)
-
-
-def ends_after(weights: Tensor, laws: Tensor, shares: Tensor) -> Tensor:
-    """What the token after a refusal is drawn from: :func:`left_of`, or p where nothing is left
-    (p = q to the last bit)."""
-    left = left_of(weights, laws, shares)
-    empty = left.sum(dim=-1) <= 0.0
-    return torch.where(empty[:, None], weights, left)
 
 
 class DrawAndCompare:
@@ -163,7 +155,10 @@ class RatioTest:
         views = _views(rows, drafts)
         processed = process(logits, views)
         blocks = _blocks(processed, drafts)
-        kept, after = self._judge(processed, rows, drafts, blocks)
+        if processed.weights is None:  # every line is in error
+            kept, after = [0] * len(rows), [-1] * len(rows)
+        else:
+            kept, after = self._judge(processed.weights, rows, drafts, blocks)
         tokens = [-1] * len(views)
         for draft, block, count, token in zip(drafts, blocks, kept, after):
             tokens[block.line : block.line + count] = draft.tokens[:count]
@@ -173,99 +168,101 @@ class RatioTest:
 
     def _judge(
         self,
-        processed: Processed,
+        weights: Tensor,
         rows: Sequence[RowState],
         drafts: Sequence[Draft],
         blocks: Sequence[_Block],
     ) -> tuple[list[int], list[int]]:
         """Of each block, how many tokens stand, and the one after them (-1: it has no law)."""
-        if processed.weights is None:  # every line is in error
-            return [0] * len(rows), [-1] * len(rows)
-        device = processed.weights.device
-        target = processed.weights / processed.weights.sum(dim=-1, keepdim=True)
-        place = {line: i for i, line in enumerate(processed.sampled)}
-        lines = [place[b.line + i] for b in blocks for i in range(b.length)]
-        ids = [draft.tokens[i] for draft, b in zip(drafts, blocks) for i in range(b.length)]
+        targets = rows_of((weights,))
+        kept, scales, laws = [0] * len(blocks), [], None
         parts = [
-            draft.laws[: b.length] for draft, b in zip(drafts, blocks) if draft.laws is not None
+            draft.laws[: block.length].to(weights.device)
+            for draft, block in zip(drafts, blocks)
+            if draft.laws is not None and block.length
         ]
-        laws = torch.cat(parts).to(device)
-        at = torch.tensor([lines, ids], dtype=torch.int64, device=device)
-        p = target[at[0]]
-        chosen = at[1][:, None]
-        q_there = laws.gather(1, chosen)[:, 0].cpu().numpy()
-        assert (q_there > 0.0).all(), "a drafted token has no chance under the law it came from"
-        ratios = p.gather(1, chosen)[:, 0].cpu().numpy() / q_there
-        ends = np.cumsum([b.length for b in blocks])[:-1]
-        by_block = np.split(ratios, ends)
-        shares = [self._rule.shares(one) for one in by_block]
-        flat = np.concatenate([one[:-1] for one in shares])
-        share = torch.from_numpy(flat).to(device)
-        left = left_of(p, laws, share).sum(dim=-1).cpu().numpy()
-        keys = [row.key for row in rows]
-        starts = [row.position for row in rows]
-        kept = []
-        numbers = uniforms(keys, starts, Purpose.ACCEPT)
-        for one, rest, number in zip(by_block, np.split(left, ends), numbers):
-            chances = self._rule.chances(one, rest).cumsum()
-            kept.append(int(np.searchsorted(chances[:-1], number * chances[-1], side="right")))
-        return kept, self._follow(target, place, p, laws, share, rows, blocks, kept)
+        if parts:
+            laws = rows_of(parts)
+            judged = targets.select([b.place + i for b in blocks for i in range(b.length)])
+            ids = [token for d, b in zip(drafts, blocks) for token in d.tokens[: b.length]]
+            q_there = laws.chosen(ids)
+            assert min(q_there) > 0.0, "a drafted token has no chance under the law it came from"
+            factors = [1.0 / total for total in judged.sums()]
+            ratios = [
+                weight * factor / q
+                for weight, factor, q in zip(judged.chosen(ids), factors, q_there)
+            ]
+            by_block = [ratios[block.first : block.first + block.length] for block in blocks]
+            shares = [share for one in by_block for share in self._rule.shares(one)[:-1]]
+            scales = [share * factor for share, factor in zip(shares, factors)]
+            left = judged.sums_left(laws, scales)
+            keys, starts = [row.key for row in rows], [row.position for row in rows]
+            numbers = uniforms(keys, starts, Purpose.ACCEPT)
+            for i, (block, one, number) in enumerate(zip(blocks, by_block, numbers)):
+                rest = left[block.first : block.first + block.length]
+                reached = list(accumulate(self._rule.chances(one, rest)))
+                kept[i] = bisect_right(reached[:-1], number * reached[-1])
+        return kept, self._follow(targets, laws, scales, rows, blocks, kept)
 
     def _follow(
         self,
-        target: Tensor,
-        place: dict[int, int],
-        p: Tensor,
-        laws: Tensor,
-        share: Tensor,
+        targets: Rows,
+        laws: Rows | None,
+        scales: Sequence[float],
         rows: Sequence[RowState],
         blocks: Sequence[_Block],
         kept: Sequence[int],
     ) -> list[int]:
         """Draw the token after those that stand."""
-        begins = np.cumsum([0, *(b.length for b in blocks)])
-        fell = [i for i, b in enumerate(blocks) if kept[i] < b.length]
+        found = [-1] * len(rows)
+        fell = [i for i, block in enumerate(blocks) if kept[i] < block.length]
         whole = [
-            i for i, b in enumerate(blocks) if kept[i] == b.length and b.line + kept[i] in place
+            i for i, block in enumerate(blocks) if kept[i] == block.length and block.error is None
         ]
-        found: dict[int, int] = {}
 
-        def draw_after(weights: Tensor, which: Sequence[int], purpose: Purpose) -> None:
-            keys = [rows[i].key for i in which]
+        def numbers(which: Sequence[int], purpose: Purpose) -> list[float]:
             positions = [rows[i].position + kept[i] for i in which]
-            numbers = torch.from_numpy(uniforms(keys, positions, purpose)).to(weights.device)
-            found.update(zip(which, draw(weights, numbers).tolist()))
+            return uniforms([rows[i].key for i in which], positions, purpose)
 
         if fell:
-            at = torch.tensor([int(begins[i]) + kept[i] for i in fell], device=p.device)
-            draw_after(ends_after(p[at], laws[at], share[at]), fell, Purpose.RESIDUAL)
+            assert laws is not None
+            left = targets.select([blocks[i].place + kept[i] for i in fell])
+            at = [blocks[i].first + kept[i] for i in fell]
+            tokens = left.draw_left(
+                laws.select(at), [scales[j] for j in at], numbers(fell, Purpose.RESIDUAL)
+            )
+            for i, token in zip(fell, tokens):
+                found[i] = token
         if whole:
-            at = torch.tensor([place[blocks[i].line + kept[i]] for i in whole], device=p.device)
-            draw_after(target[at], whole, Purpose.SAMPLE)
-        return [found.get(i, -1) for i in range(len(rows))]
+            last = targets.select([blocks[i].place + kept[i] for i in whole])
+            for i, token in zip(whole, last.draw(numbers(whole, Purpose.SAMPLE))):
+                found[i] = token
+        return found
 
 
 class _Block:
-    """A draft's lines in the logits: the first, how many of its tokens are judged, and what is
-    wrong with the line after these, if anything is."""
+    """A draft's lines in the logits: the first (``place``: among those with a law), how many of its
+    tokens are judged (``first``: the first among those of all drafts), and what is wrong with the
+    line after these, if anything is."""
 
-    __slots__ = ("error", "length", "line")
+    __slots__ = ("error", "first", "length", "line", "place")
 
-    def __init__(self, line: int, length: int, error: str | None) -> None:
-        self.line, self.length, self.error = line, length, error
+    def __init__(self, line: int, place: int, first: int, length: int, error: str | None) -> None:
+        self.line, self.place, self.first = line, place, first
+        self.length, self.error = length, error
 
 
 def _blocks(processed: Processed, drafts: Sequence[Draft]) -> list[_Block]:
     """A line without a law ends its block: whoever gets there learns why."""
-    found, line = [], 0
+    found, line, place, first = [], 0, 0, 0
     for draft in drafts:
         errors = processed.errors[line : line + len(draft.tokens) + 1]
         wrong = next((i for i, error in enumerate(errors) if error is not None), None)
-        if wrong is None:
-            found.append(_Block(line, len(draft.tokens), None))
-        else:
-            found.append(_Block(line, wrong, errors[wrong]))
+        length = len(draft.tokens) if wrong is None else wrong
+        found.append(_Block(line, place, first, length, None if wrong is None else errors[wrong]))
         line += len(errors)
+        place += errors.count(None)
+        first += length
     return found
 
 
@@ -287,5 +284,5 @@ def _views(rows: Sequence[RowState], drafts: Sequence[Draft]) -> list[RowState]:
 
 
 def _lines(drafts: Sequence[Draft], which: Sequence[int]) -> list[int]:
-    begins = np.cumsum([0, *(1 + len(draft.tokens) for draft in drafts)])
-    return [line for i in which for line in range(int(begins[i]), int(begins[i + 1]))]
+    begins = list(accumulate((1 + len(draft.tokens) for draft in drafts), initial=0))
+    return [line for i in which for line in range(begins[i], begins[i + 1])]

@@ -12,27 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from skimp.decoding.process import (
-    draw,
-    inverse_temperature,
-    judge,
-    to_device,
-    unwaited_weights,
-)
+from skimp.decoding.process import inverse_temperature, judge, to_device, unwaited_weights
 from skimp.decoding.proposal import Accepted
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.decoding.rows import RowState
+from skimp.kernels.draws import draw
 
 
 def deferrable(row: RowState, ahead: int) -> bool:
     """Whether the row can be drawn without the host, ``ahead`` tokens past those committed."""
-    params = row.params
-    masked = row.end_ids and row.position + ahead < params.min_tokens
-    touched = row.penalties is not None or params.logit_bias or row.bad_words or masked
-    return not (touched or row.allowed is not None or params.logprobs is not None)
+    return not row.touched(ahead) and row.params.logprobs is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +60,7 @@ class DeviceDraws:
 def draw_on_device(
     logits: Tensor,
     rows: Sequence[RowState],
-    numbers: Sequence[float] | NDArray[np.float64],
+    numbers: Sequence[float],
     highest: tuple[Tensor, Tensor] | None = None,
 ) -> DeviceDraws:
     """Draw one token for each row of ``logits`` [L, V] float32 by its number in [0, 1), without
@@ -89,7 +80,7 @@ def draw_on_device(
         index = to_device(np.array(sampled, dtype=np.int64), device)
         part, most = logits[index], top[index]
     weights = unwaited_weights(part, most, table[1], table[2], chosen)
-    found = draw(weights, table[0]).clamp_(max=logits.shape[1] - 1).to(tokens.dtype)
+    found = draw(weights, table[0]).to(tokens.dtype)
     tokens = found if index is None else tokens.index_copy(0, index, found)
     return DeviceDraws(tokens=tokens, top=top, sampled=sampled, weights=weights)
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from skimp.decoding.params import SamplingParams
 from skimp.decoding.rows import RowState
+from skimp.kernels.draws import find_laws, temper
 
 _NEG_INF = float("-inf")
 _FIRST_WIDTH = 1024  # columns tried first: most nuclei are smaller
@@ -47,7 +48,7 @@ class Processed:
 
     Attributes:
         logits: float32 [L, V] after steps 1-3; the input itself when no row changed it.
-        best: int64 [L], the argmax of ``logits``, lowest id first.
+        best: [L], the argmax of ``logits``, lowest id first.
         errors: per row None, or why the row has no law.
         sampled: the rows with a temperature above 0 and no error, in order.
         weights: float64 [S, V], their unnormalised law; the largest weight of a row is 1. None
@@ -55,7 +56,7 @@ class Processed:
     """
 
     logits: Tensor
-    best: Tensor
+    best: list[int]
     errors: tuple[str | None, ...]
     sampled: tuple[int, ...]
     weights: Tensor | None
@@ -63,7 +64,7 @@ class Processed:
     def probabilities(self) -> Tensor:
         """The law of every row, float64 [L, V]: one-hot where greedy, NaN where in error."""
         law = torch.zeros(self.logits.shape, dtype=torch.float64, device=self.logits.device)
-        law.scatter_(1, self.best[:, None], 1.0)
+        law[range(len(law)), self.best] = 1.0
         if self.weights is not None:
             law[list(self.sampled)] = self.weights / self.weights.sum(-1, keepdim=True)
         wrong = [i for i, error in enumerate(self.errors) if error is not None]
@@ -86,44 +87,31 @@ def process(logits: Tensor, rows: Sequence[RowState]) -> Processed:
             raise ValueError(f"a row expects V = {row.vocab_size}, logits have {logits.shape[1]}")
     raw = logits if logits.dtype == torch.float32 else logits.float()
     adjusted = adjust(raw, rows)
-    if adjusted is raw:
-        # the maximum carries NaN and +inf along, so the finiteness check is free
-        top, best = _top(raw)
-        highest = top.tolist()
-        raw_highest = highest
-    else:
+    scales = [inverse_temperature(row.params) for row in rows]
+    raw_tops = None
+    if adjusted is not raw:
         # a mask may hide a NaN, so the raw row is looked at too
-        raw_highest = raw.amax(dim=-1).tolist()
-        top, best = _top(adjusted)
-        highest = top.tolist()
-    errors = tuple(judge(a, b) for a, b in zip(raw_highest, highest))
-    sampled = tuple(
-        i for i, row in enumerate(rows) if row.params.temperature != 0.0 and errors[i] is None
-    )
-    weights = None
+        raw_tops = raw.amax(dim=-1).tolist()
+        scales = [0.0 if judge(top, top) else scale for top, scale in zip(raw_tops, scales)]
+    # the maximum carries NaN and +inf along, so the finiteness check is free
+    tops, best, weights = find_laws(adjusted, scales)
+    errors = tuple(judge(a, b) for a, b in zip(raw_tops or tops, tops))
+    sampled = tuple(i for i, error in enumerate(errors) if error is None and scales[i] > 0.0)
     if sampled:
-        chosen = [rows[i] for i in sampled]
-        if len(sampled) == len(rows):
-            weights = _weights(adjusted, top, chosen)
-        else:
-            index = torch.tensor(sampled, device=raw.device)
-            weights = _weights(adjusted[index], top[index], chosen)
-    return Processed(logits=adjusted, best=best, errors=errors, sampled=sampled, weights=weights)
-
-
-def _top(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Largest logit [L] (NaN if the row has one) and the lowest index that has it [L]."""
-    if logits.device.type != "cpu":
-        top, best = logits.max(dim=-1)
-        return top, best
-    # numpy's argmax is vectorised and several times quicker than torch's max with indices
-    values = logits.numpy()
-    best = values.argmax(axis=-1)
-    return torch.from_numpy(values[np.arange(len(best)), best]), torch.from_numpy(best)
+        _cut_weights(weights, adjusted, rows, sampled)
+    return Processed(
+        logits=adjusted,
+        best=best,
+        errors=errors,
+        sampled=sampled,
+        weights=weights if sampled else None,
+    )
 
 
 def adjust(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Steps 1-3 on float32 [L, V]; returns ``logits`` itself when no row asks for anything."""
+    if not any(row.touched() for row in rows):
+        return logits
     penalised = [i for i, row in enumerate(rows) if row.penalties is not None]
     biased = [i for i, row in enumerate(rows) if row.params.logit_bias]
     masked = _masked_indices(rows, logits.shape[1])
@@ -192,16 +180,17 @@ def judge(raw_highest: float, highest: float) -> str | None:
     return None
 
 
-def _weights(logits: Tensor, top: Tensor, rows: Sequence[RowState]) -> Tensor:
-    """Steps 4-7: float64 [S, V]."""
-    scales = [inverse_temperature(row.params) for row in rows]
-    scale = scales[0] if len(set(scales)) == 1 else _column(scales, logits)
-    weights = _tempered(logits, top, scale)
-    truncate(weights, logits, rows)
-    if any(row.params.min_p > 0.0 for row in rows):
+def _cut_weights(
+    weights: Tensor, logits: Tensor, rows: Sequence[RowState], sampled: Sequence[int]
+) -> None:
+    """Steps 5-7 on the weights [S, V] of the ``sampled`` rows, in place."""
+    params = [rows[i].params for i in sampled]
+    if any(one.has_filters for one in params):
+        part = logits if len(sampled) == len(rows) else logits[list(sampled)]
+        truncate(weights, part, [rows[i] for i in sampled])
+    if any(one.min_p > 0.0 for one in params):
         # the largest weight is exactly 1, so the ratio to it is the weight
-        weights.masked_fill_(weights < _column([row.params.min_p for row in rows], weights), 0.0)
-    return weights
+        weights.masked_fill_(weights < _column([one.min_p for one in params], weights), 0.0)
 
 
 def unwaited_weights(
@@ -212,22 +201,16 @@ def unwaited_weights(
     ``scales`` and ``min_p`` are float64 [S] on the device of the logits; ``scales`` are
     :func:`inverse_temperature`.
     """
-    weights = _tempered(logits, top, scales[:, None])
+    weights = temper(logits, top, scales)
     truncate(weights, logits, rows)
     return weights.masked_fill_(weights < min_p[:, None], 0.0)
 
 
 def inverse_temperature(params: SamplingParams) -> float:
-    """1/T, cut where it would overflow: 0 * inf is no number."""
+    """1/T, cut where it would overflow: 0 * inf is no number. 0 where T is 0."""
+    if params.temperature == 0.0:
+        return 0.0
     return min(1.0 / params.temperature, 1e300)
-
-
-def _tempered(logits: Tensor, top: Tensor, scale: Tensor | float) -> Tensor:
-    # The maximum is taken off first, so no temperature overflows.
-    weights = logits.double().sub_(top.double()[:, None])
-    if isinstance(scale, Tensor) or scale != 1.0:
-        weights.mul_(scale)
-    return weights.exp_()
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
@@ -356,14 +339,3 @@ def _drop(weights: Tensor, logits: Tensor, limit: float, ties: int | None) -> No
         equal = (logits == limit).nonzero().view(-1)
         if len(equal) > ties:
             weights[equal[ties:]] = 0.0
-
-
-def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse CDF: the first token whose cumulative weight exceeds ``u * total``; int64 [S].
-
-    ``weights`` float64 [S, V], not normalised, of positive sum; ``uniforms`` float64 [S] in
-    [0, 1). A token of weight 0 is never returned. Also draws the residual of a refused draft.
-    """
-    mass = weights.cumsum(dim=-1)
-    target = uniforms[:, None] * mass[:, -1:]
-    return torch.searchsorted(mass, target, right=True).squeeze(1)

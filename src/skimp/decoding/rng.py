@@ -15,6 +15,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from skimp.kernels import native
+from skimp.kernels.draws import random_numbers
+
 _MASK = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -93,13 +96,20 @@ def uniforms(
     positions: Sequence[int],
     purpose: Purpose,
     leads: Sequence[int] | None = None,
-) -> NDArray[np.float64]:
-    """:func:`uniform` for [N] keys, positions and leads (None: 0); returns [N]. Equal to it bit for
-    bit."""
+) -> list[float]:
+    """:func:`uniform` for [N] keys, positions and leads (None: 0). Equal to it bit for bit."""
     leads = [0] * len(keys) if leads is None else leads
+    numbers = random_numbers if native.available() else plain_uniforms
+    return numbers(keys, positions, leads, purpose)
+
+
+def plain_uniforms(
+    keys: Sequence[int], positions: Sequence[int], leads: Sequence[int], purpose: Purpose
+) -> list[float]:
+    """:func:`uniforms` without the native kernels."""
     if len(keys) < _VECTOR_FROM:
         rows = zip(keys, positions, leads, strict=True)
-        return np.array([uniform(k, p, purpose, lead) for k, p, lead in rows], dtype=np.float64)
+        return [uniform(k, p, purpose, lead) for k, p, lead in rows]
     key = np.array(keys, dtype=np.uint64)
     position = np.array(positions, dtype=np.uint64)
     counters = np.zeros((len(keys), 4), dtype=np.uint32)
@@ -109,7 +119,8 @@ def uniforms(
     words = philox4x32_many(counters, np.stack([key & low, key >> shift], 1).astype(np.uint32))
     w0, w1 = words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)
     mixed = (w0 >> np.uint64(5)) * np.uint64(67108864) + (w1 >> np.uint64(6))
-    return mixed.astype(np.float64) * 2.0**-53
+    found: list[float] = (mixed.astype(np.float64) * 2.0**-53).tolist()
+    return found
 
 
 def _split(key: int) -> tuple[int, int]:

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from skimp.decoding.process import Processed, draw, process
+from skimp.decoding.process import Processed, process
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.decoding.rows import RowState
+from skimp.kernels.draws import rows_of
 
 LogprobsMode = Literal["raw", "processed"]
 _BLOCK = 1 << 18  # logits turned into float64 at a time, to stay within a cache
@@ -63,12 +64,12 @@ class Sampler:
         uniform of (row key, row position), so a token depends on its own row alone.
         """
         processed = process(logits, rows)
-        tokens = processed.best.tolist()
+        tokens = list(processed.best)
         if processed.weights is not None:
             keys = [rows[i].key for i in processed.sampled]
             positions = [rows[i].position for i in processed.sampled]
-            numbers = torch.from_numpy(uniforms(keys, positions, Purpose.SAMPLE))
-            drawn = draw(processed.weights, numbers.to(processed.weights.device)).tolist()
+            numbers = uniforms(keys, positions, Purpose.SAMPLE)
+            drawn = rows_of((processed.weights,)).draw(numbers)
             for i, token in zip(processed.sampled, drawn):
                 tokens[i] = token
         for i, error in enumerate(processed.errors):

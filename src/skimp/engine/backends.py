@@ -84,6 +84,7 @@ class StepBuffers:
         self.token_ids, self.positions = ints(max_rows), ints(max_rows)
         # Where in ``drawn`` a row's token is to be read, or -1: it is in ``token_ids``.
         self.token_source = ints(max_rows)
+        self.any_drawn = False  # whether any of a step's are
         self.drawn = torch.zeros(max_logits, dtype=torch.int32, device=device)
         self.row_seq, self.kv_end = ints(max_rows), ints(max_rows)
         self.features = torch.zeros(max_rows, feature_size, device=device) if feature_size else None
@@ -107,9 +108,9 @@ class StepBuffers:
 
     def fetch_drawn(self, rows: int) -> None:
         """Complete ``token_ids`` where the drawn tokens lie in the host's memory too."""
-        source = self.token_source[:rows]
-        late = source >= 0
-        if late.any():
+        if self.any_drawn:
+            source = self.token_source[:rows]
+            late = source >= 0
             self.token_ids[:rows][late] = self.drawn.numpy()[source[late]]
 
     def step_inputs(

@@ -51,6 +51,12 @@ class HeadProposer(ModelProposer):
         ids = head.token_ids.cpu()
         every = torch.equal(ids, torch.arange(self._vocab_size))
         self._words = None if every else ids.to(options.device)
+        # Logits of a round; what the head has no word for stays as it is.
+        self._whole = torch.full(
+            (0 if every else options.max_batch, self._vocab_size),
+            float("-inf"),
+            device=options.device,
+        )
 
     def _begin(self, ask: Ask) -> Guess | None:
         features, tokens, cache = ask.features, ask.tokens, self.served.cache
@@ -96,9 +102,7 @@ class HeadProposer(ModelProposer):
         logits = runner.run(work, features)
         if self._words is None:
             return logits
-        whole = logits.new_full((len(logits), self._vocab_size), float("-inf"))
-        whole[:, self._words] = logits
-        return whole
+        return self._whole[: len(logits)].index_copy_(1, self._words, logits)
 
     def _features(self, work: Sequence[GuessRows]) -> Tensor:
         """What the rows go on from: the target's as long as there are any, then the head's own."""

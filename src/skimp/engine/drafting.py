@@ -6,18 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from skimp.cache import CacheSequence
 from skimp.decoding.deferred import DeviceDraws, deferrable, draw_on_device
-from skimp.decoding.process import draw, judge, process
+from skimp.decoding.process import judge, process
 from skimp.decoding.proposal import EMPTY, Ask, Draft
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.engine.request import Flying
 from skimp.engine.served import ServedModel
+from skimp.kernels.draws import rows_of
 
 
 class DraftedSequence:
@@ -44,13 +43,19 @@ class Guess:
     start: int = 0
     last_row: int = -1
     tokens: list[int] = field(default_factory=list)
-    laws: list[Tensor] = field(default_factory=list)
+    laws: Tensor | None = None  # float64 [most, V], as far as there are tokens
     done: bool = False
+
+    def next_law(self, like: Tensor) -> Tensor:
+        """Where the law of its next token belongs, [1, V]."""
+        if self.laws is None:
+            self.laws = like.new_empty(self.ask.most, like.shape[1])
+        return self.laws[len(self.tokens) : len(self.tokens) + 1]
 
     def draft(self) -> Draft:
         if not self.tokens:
             return EMPTY
-        return Draft(tuple(self.tokens), torch.stack(self.laws) if self.laws else None)
+        return Draft(tuple(self.tokens), self.laws).cut(len(self.tokens))
 
 
 @dataclass(frozen=True)
@@ -150,17 +155,16 @@ class ModelProposer(ABC):
             return
         views = [guess.ask.row.drafted(guess.tokens) for guess in drawing]
         processed = process(logits, views)
-        tokens = processed.best.tolist()
+        tokens = list(processed.best)
         weights, sampled = processed.weights, processed.sampled
         if weights is not None:
             some = [drawing[i] for i in sampled]
+            found = rows_of((weights,))
             numbers = self._numbers(some, [len(guess.tokens) for guess in some])
-            found = draw(weights, torch.from_numpy(numbers).to(weights.device)).tolist()
-            for i, token in zip(sampled, found):
+            for i, token in zip(sampled, found.draw(numbers)):
                 tokens[i] = token
             if not self._coupled:
-                for i, law in zip(sampled, weights / weights.sum(dim=-1, keepdim=True)):
-                    drawing[i].laws.append(law)
+                found.normalise([guess.next_law(weights) for guess in some])
         for i, guess in enumerate(drawing):
             if processed.errors[i] is not None:
                 guess.done = True
@@ -203,11 +207,12 @@ class ModelProposer(ABC):
             for place, guess in enumerate(drawing):
                 guess.seq.flying = Flying(lead, place)
         values, place = torch.cat(found).tolist(), 0
+        laws: dict[int, list[Tensor]] = {}
         for drawing, draws in rounds:
-            laws = draws.weights
-            if laws is not None and not self._coupled:
-                laws = laws / laws.sum(dim=-1, keepdim=True)
-            of = dict(zip(draws.sampled, range(len(draws.sampled))))
+            if draws.weights is not None and not self._coupled:
+                normal = draws.weights * draws.weights.sum(dim=-1, keepdim=True).reciprocal_()
+                for i, law in zip(draws.sampled, normal):
+                    laws.setdefault(id(drawing[i]), []).append(law)
             for i, guess in enumerate(drawing):
                 token, top = values[place + i]
                 guess.done = guess.done or judge(top, top) is not None
@@ -215,15 +220,15 @@ class ModelProposer(ABC):
                     continue
                 guess.tokens.append(int(token))
                 guess.seq.tokens.append(int(token))
-                if laws is not None and not self._coupled and i in of:
-                    guess.laws.append(laws[of[i]])
             place += len(drawing)
         for guess in guesses:
             seq = guess.seq
+            if id(guess) in laws:
+                guess.laws = torch.stack(laws[id(guess)])
             seq.flying = None
             seq.written = min(seq.written, len(seq.tokens) - seq.cache.length)
 
-    def _numbers(self, guesses: Sequence[Guess], leads: Sequence[int]) -> NDArray[np.float64]:
+    def _numbers(self, guesses: Sequence[Guess], leads: Sequence[int]) -> list[float]:
         keys = [guess.ask.row.key for guess in guesses]
         positions = [guess.ask.row.position + lead for guess, lead in zip(guesses, leads)]
         if self._coupled:

@@ -55,6 +55,7 @@ class Runner:
         if features is not None:
             assert buffers.features is not None
             buffers.features[: len(features)] = features
+        buffers.any_drawn = False
         row = logit = 0
         for index, item in enumerate(work):
             start, count = item.start, item.num_tokens
@@ -66,6 +67,7 @@ class Runner:
                 else:
                     assert item.seq.flying is not None
                     buffers.token_source[row] = item.seq.flying.place
+                    buffers.any_drawn = True
                 buffers.positions[row] = start
                 buffers.kv_end[row] = start + 1
                 buffers.row_seq[row] = index
@@ -91,10 +93,10 @@ class Runner:
     def sampling_threads(self) -> Iterator[None]:
         """PyTorch on one thread while it draws from a native step's logits: waking its second
         team costs more than it saves, and the two teams would spin against each other."""
-        if self.backend.name != "native":
+        threads = torch.get_num_threads()
+        if self.backend.name != "native" or threads == 1:
             yield
             return
-        threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             yield

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu.h"
+#include "draws.h"
 #include "op.h"
 #include "pool.h"
 
@@ -151,6 +152,100 @@ PyObject* advise_huge(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return PyBool_FromLong(!failed);
 }
 
+// Arguments of the functions of draws.h: integers, and arrays as addresses or as objects with a
+// buffer, which stays where it is until the call is over.
+template <class T>
+T* pointer(long long address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+template <Py_ssize_t COUNT>
+PyObject* with_arrays(PyObject* const* args, Py_ssize_t given, void (*call)(const long long*)) {
+  if (given != COUNT)
+    return PyErr_Format(PyExc_TypeError, "expected %zd arguments, got %zd", COUNT, given);
+  long long a[COUNT];
+  Py_buffer held[COUNT];
+  Py_ssize_t count = 0;
+  bool right = true;
+  for (Py_ssize_t i = 0; i < COUNT && right; ++i) {
+    if (PyLong_Check(args[i])) {
+      a[i] = PyLong_AsLongLong(args[i]);
+      right = a[i] != -1 || !PyErr_Occurred();
+    } else if ((right = PyObject_GetBuffer(args[i], &held[count], PyBUF_SIMPLE) == 0)) {
+      a[i] = static_cast<long long>(reinterpret_cast<intptr_t>(held[count++].buf));
+    }
+  }
+  if (right) {
+    PyThreadState* state = PyEval_SaveThread();
+    call(a);
+    PyEval_RestoreThread(state);
+  }
+  while (count) PyBuffer_Release(&held[--count]);
+  if (!right) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* law_temper(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<7>(args, given, [](const long long* a) {
+    temper(pointer<float>(a[0]), a[1], pointer<float>(a[2]), pointer<double>(a[3]), a[4], a[5],
+           pointer<double>(a[6]));
+  });
+}
+
+PyObject* law_find(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<8>(args, given, [](const long long* a) {
+    find_laws(pointer<float>(a[0]), a[1], pointer<double>(a[2]), a[3], a[4],
+              pointer<double>(a[5]), pointer<int64_t>(a[6]), pointer<double>(a[7]));
+  });
+}
+
+PyObject* law_numbers(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<6>(args, given, [](const long long* a) {
+    random_numbers(pointer<uint64_t>(a[0]), pointer<int64_t>(a[1]), pointer<int64_t>(a[2]), a[3],
+                   a[4], pointer<double>(a[5]));
+  });
+}
+
+PyObject* law_normalise(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<4>(args, given, [](const long long* a) {
+    normalise(pointer<const double*>(a[0]), a[1], a[2], pointer<double*>(a[3]));
+  });
+}
+
+PyObject* law_pick(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<4>(args, given, [](const long long* a) {
+    pick_weights(pointer<const double*>(a[0]), pointer<int64_t>(a[1]), a[2],
+                 pointer<double>(a[3]));
+  });
+}
+
+PyObject* law_sums(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<4>(args, given, [](const long long* a) {
+    sum_weights(pointer<const double*>(a[0]), a[1], a[2], pointer<double>(a[3]));
+  });
+}
+
+PyObject* law_draw(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<5>(args, given, [](const long long* a) {
+    draw_tokens(pointer<const double*>(a[0]), pointer<double>(a[1]), a[2], a[3],
+                pointer<int64_t>(a[4]));
+  });
+}
+
+PyObject* law_sums_left(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<6>(args, given, [](const long long* a) {
+    sum_left(pointer<const double*>(a[0]), pointer<const double*>(a[1]), pointer<double>(a[2]),
+             a[3], a[4], pointer<double>(a[5]));
+  });
+}
+
+PyObject* law_draw_left(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<7>(args, given, [](const long long* a) {
+    draw_left(pointer<const double*>(a[0]), pointer<const double*>(a[1]), pointer<double>(a[2]),
+              pointer<double>(a[3]), a[4], a[5], pointer<int64_t>(a[6]));
+  });
+}
+
 #define FAST(fn) reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fn)), METH_FASTCALL
 
 PyMethodDef METHODS[] = {
@@ -165,6 +260,18 @@ PyMethodDef METHODS[] = {
     {"best_isa", isa_best, METH_NOARGS, "best_isa(): name of the best this CPU has"},
     {"set_isa", isa_set, METH_O, "set_isa(name): use a lower instruction set"},
     {"advise_huge", FAST(advise_huge), "advise_huge(address, bytes): ask for large pages"},
+    {"temper", FAST(law_temper), "temper(logits, stride, tops, scales, rows, width, weights)"},
+    {"find_laws", FAST(law_find),
+     "find_laws(logits, stride, scales, rows, width, tops, best, weights)"},
+    {"random_numbers", FAST(law_numbers),
+     "random_numbers(keys, positions, leads, purpose, count, numbers)"},
+    {"normalise", FAST(law_normalise), "normalise(weights, rows, width, laws)"},
+    {"pick_weights", FAST(law_pick), "pick_weights(weights, ids, rows, found)"},
+    {"sum_weights", FAST(law_sums), "sum_weights(weights, rows, width, sums)"},
+    {"draw_tokens", FAST(law_draw), "draw_tokens(weights, numbers, rows, width, tokens)"},
+    {"sum_left", FAST(law_sums_left), "sum_left(weights, laws, scales, rows, width, sums)"},
+    {"draw_left", FAST(law_draw_left),
+     "draw_left(weights, laws, scales, numbers, rows, width, tokens)"},
     {nullptr, nullptr, 0, nullptr},
 };
 
