@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--wide", action="store_true", help="the model in Llama-3.1-8B's shape")
     parser.add_argument("--slice", type=float, default=0.5, help="seconds")
     parser.add_argument("--slices", type=int, default=7)
+    parser.add_argument("--warm", type=int, default=1, help="slices at each level before")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     path = locate_model(given.model)
@@ -151,6 +152,11 @@ def main() -> None:
         "|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
+    for level in up:  # what is prepared once for each size is
+        for side in sides.values():
+            side.fill(level)
+            for _ in range(given.warm):
+                side.slice(level, given.slice)
     for level in [*up, *up[-2::-1]]:
         for side in sides.values():
             side.shrink(level)

@@ -53,10 +53,10 @@ def main() -> None:
     dtype = torch.bfloat16
     base = {"device": given.device, "max_batch": 8, "cache_bytes": 1 << 30, "prefix_cache": False}
     wanted: dict[str, dict[str, object]] = {
-        "tales-draft, 2": {
+        "tales-draft, 4": {
             "speculate": "draft",
             "draft_model": "tales-draft",
-            "draft_tokens": 2,
+            "draft_tokens": 4,
             "draft_control": False,
         },
         "tales-draft, as it pays": {"speculate": "draft", "draft_model": "tales-draft"},

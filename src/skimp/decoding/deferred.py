@@ -57,30 +57,54 @@ class DeviceDraws:
     weights: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawTable:
+    """What a draw needs to know of ``rows`` on the device: of those ``sampled``, float64 [3, S] of
+    their numbers in [0, 1), inverse temperatures and min-p; ``index`` int64 [S] if not all are."""
+
+    rows: Sequence[RowState]
+    sampled: list[int]
+    numbers: Tensor
+    index: Tensor | None
+
+
+def draw_tables(
+    draws: Sequence[tuple[Sequence[RowState], Sequence[float]]], device: torch.device
+) -> list[DrawTable]:
+    """A table for each of several draws, of rows and their numbers, in one copy to the device."""
+    sampled = [
+        [i for i, row in enumerate(rows) if row.params.temperature != 0.0] for rows, _ in draws
+    ]
+    columns = [
+        (numbers[i], inverse_temperature(rows[i].params), rows[i].params.min_p)
+        for (rows, numbers), some in zip(draws, sampled)
+        for i in some
+    ]
+    table = to_device(np.array(columns, dtype=np.float64).reshape(-1, 3).T.copy(), device)
+    parts = table.split([len(some) for some in sampled], dim=1)
+    found = []
+    for (rows, _), some, part in zip(draws, sampled, parts):
+        partial = 0 < len(some) < len(rows)
+        index = to_device(np.array(some, dtype=np.int64), device) if partial else None
+        found.append(DrawTable(rows=rows, sampled=some, numbers=part, index=index))
+    return found
+
+
 def draw_on_device(
-    logits: Tensor,
-    rows: Sequence[RowState],
-    numbers: Sequence[float],
-    highest: tuple[Tensor, Tensor] | None = None,
+    logits: Tensor, table: DrawTable, highest: tuple[Tensor, Tensor] | None = None
 ) -> DeviceDraws:
-    """Draw one token for each row of ``logits`` [L, V] float32 by its number in [0, 1), without
-    waiting. A row that cannot be drawn from gets some token. ``highest``: the rows' maxima and
-    where they are, if the backend has found them already."""
+    """Draw one token for each row of ``logits`` [L, V] float32 without waiting. A row that cannot
+    be drawn from gets some token. ``highest``: the rows' maxima and where they are, if the backend
+    has found them already."""
     top, tokens = logits.max(dim=-1) if highest is None else highest
-    sampled = [i for i, row in enumerate(rows) if row.params.temperature != 0.0]
+    sampled, index = table.sampled, table.index
     if not sampled:
         return DeviceDraws(tokens=tokens, top=top, sampled=sampled, weights=None)
-    chosen = [rows[i] for i in sampled]
-    scales = np.array([inverse_temperature(row.params) for row in chosen])
-    floors = np.array([row.params.min_p for row in chosen])
-    device = logits.device
-    table = to_device(np.stack((np.asarray(numbers)[sampled], scales, floors)), device)
-    part, most, index = logits, top, None
-    if len(sampled) < len(rows):
-        index = to_device(np.array(sampled, dtype=np.int64), device)
-        part, most = logits[index], top[index]
-    weights = unwaited_weights(part, most, table[1], table[2], chosen)
-    found = draw(weights, table[0]).to(tokens.dtype)
+    part, most = (logits, top) if index is None else (logits[index], top[index])
+    numbers, scales, floors = table.numbers
+    chosen = [table.rows[i] for i in sampled]
+    weights = unwaited_weights(part, most, scales, floors, chosen)
+    found = draw(weights, numbers).to(tokens.dtype)
     tokens = found if index is None else tokens.index_copy(0, index, found)
     return DeviceDraws(tokens=tokens, top=top, sampled=sampled, weights=weights)
 
@@ -104,7 +128,8 @@ def draw_deferred(
         arrived = torch.cuda.Event()
     positions = [row.position + late for row, late in zip(rows, ahead)]
     numbers = uniforms([row.key for row in rows], positions, Purpose.SAMPLE)
-    found = draw_on_device(logits, rows, numbers, highest)
+    (table,) = draw_tables([(rows, numbers)], logits.device)
+    found = draw_on_device(logits, table, highest)
     result = torch.stack((found.tokens.to(torch.int32), found.top.view(torch.int32)))
     drawn[:count] = result[0]
     if host is None or arrived is None:

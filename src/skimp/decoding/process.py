@@ -203,7 +203,9 @@ def unwaited_weights(
     """
     weights = temper(logits, top, scales)
     truncate(weights, logits, rows)
-    return weights.masked_fill_(weights < min_p[:, None], 0.0)
+    if any(row.params.min_p > 0.0 for row in rows):
+        weights.masked_fill_(weights < min_p[:, None], 0.0)
+    return weights
 
 
 def inverse_temperature(params: SamplingParams) -> float:

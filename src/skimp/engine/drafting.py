@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from skimp.cache import CacheSequence
-from skimp.decoding.deferred import DeviceDraws, deferrable, draw_on_device
+from skimp.decoding.deferred import DeviceDraws, deferrable, draw_on_device, draw_tables
 from skimp.decoding.process import judge, process
 from skimp.decoding.proposal import EMPTY, Ask, Draft
 from skimp.decoding.rng import Purpose, uniforms
@@ -190,14 +190,22 @@ class ModelProposer(ABC):
         rounds: list[tuple[list[Guess], DeviceDraws]] = []
         found: list[Tensor] = []
         work = self._next_rows(guesses)
-        for lead in range(max(guess.ask.most for guess in guesses)):
-            drawing = [guess for guess in guesses if guess.ask.most > lead]
+        by_lead = [
+            [guess for guess in guesses if guess.ask.most > lead]
+            for lead in range(max(guess.ask.most for guess in guesses))
+        ]
+        tables = draw_tables(
+            [
+                ([g.ask.row for g in drawing], self._numbers(drawing, [lead] * len(drawing)))
+                for lead, drawing in enumerate(by_lead)
+            ],
+            drawn.device,
+        )
+        for lead, (drawing, table) in enumerate(zip(by_lead, tables)):
             if lead:
                 work = [GuessRows(g, g.seq.cache.length + g.seq.written, 1, 1) for g in drawing]
             logits = self._logits(work)
-            numbers = self._numbers(drawing, [lead] * len(drawing))
-            rows = [guess.ask.row for guess in drawing]
-            draws = draw_on_device(logits, rows, numbers, self._highest())
+            draws = draw_on_device(logits, table, self._highest())
             drawn[: len(drawing)] = draws.tokens
             # A copy: the next replay of a graph finds its maxima at the same place.
             found.append(torch.stack((draws.tokens.float(), draws.top), 1))
