@@ -79,13 +79,14 @@ def bucket(rows: int) -> int:
 
 
 def choose(problem: Problem, rows: int, device: torch.device) -> Config:
-    """The configuration for a bucket of rows: what was measured for it or, where rows are few, for
-    the next larger one, whose tiles have room for them."""
+    """The configuration for a bucket of rows: what was measured for it or, of few rows of a dense
+    matrix, for the next larger one, whose tiles have room for them."""
     if device.type != "cuda":
         return rule(problem, rows, 4)
     family, processors = _device(device.index or 0)
     own = bucket(rows)
-    for size in (own, *(more for more in (2, 4, 8) if 1 < own < more)):
+    larger = [size for size in (2, 4, 8) if problem.dense and 1 < own < size]
+    for size in (own, *larger):
         found = _table().get(problem.key(family, size))
         if found is not None and problem.takes(found.kind, rows):
             return found
