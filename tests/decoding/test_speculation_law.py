@@ -224,9 +224,7 @@ class Drawer:
         for lead in range(length):
             law = np.stack([self._law((*r.outputs, *t)) for r, t in zip(rows, tokens)])
             positions = [row.position + lead for row in rows]
-            numbers = torch.tensor(
-                uniforms(keys, positions, Purpose.DRAFT, [lead] * len(rows)), dtype=torch.float64
-            )
+            numbers = uniforms(keys, positions, Purpose.DRAFT, [lead] * len(rows))
             laws.append(torch.from_numpy(law))
             for own, token in zip(tokens, rows_of([laws[-1]]).draw(numbers)):
                 own.append(token)

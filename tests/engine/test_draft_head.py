@@ -116,6 +116,38 @@ def test_guesses_come_of_the_right_features(
 
 
 @pytest.mark.parametrize("words", [None, 100], ids=["all words", "some words"])
+def test_guesses_in_one_call_are_those_in_steps(
+    words: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: tokens, laws, and what becomes of them."""
+
+    def run() -> tuple[list[Draft], list[list[int]]]:
+        engine, proposer = with_head(BASE, words=words)
+        drafts, propose = [], proposer.propose
+
+        def recorded(asks: Sequence[Ask]) -> list[Draft]:
+            drafts.extend(propose(asks))
+            return drafts[-len(asks) :]
+
+        proposer.propose = recorded  # type: ignore[method-assign]
+        params = [
+            SamplingParams(max_tokens=20, seed=i, temperature=t, ignore_eos=True)
+            for i, t in enumerate((0.0, 0.7, 1.0))
+        ]
+        found = engine.generate([[5, 6, 7, 8, 9], [11, 12], [3] * 9], params)
+        return drafts, [out.outputs[0].token_ids for out in found]
+
+    drafts, tokens = run()
+    monkeypatch.setattr("skimp.engine.drafting.tempered_only", lambda row, ahead: False)
+    others, same_tokens = run()
+    assert tokens == same_tokens and len(drafts) == len(others) > 20
+    for one, other in zip(drafts, others):
+        assert one.tokens == other.tokens and (one.laws is None) == (other.laws is None)
+        if one.laws is not None and other.laws is not None:
+            assert len(one.laws) == len(one.tokens) and torch.equal(one.laws, other.laws)
+
+
+@pytest.mark.parametrize("words", [None, 100], ids=["all words", "some words"])
 def test_compared_guesses_change_nothing(words: int | None, backend: str) -> None:
     """With gaps in what the head has seen: prompts in parts, preemption, prefixes reused."""
     requests = requests_of(backend)

@@ -18,9 +18,11 @@ from skimp.kernels.draws import (
     Rows,
     draw,
     find_laws,
+    guess_tokens,
     plain_draw,
     plain_find_laws,
     plain_temper,
+    rows_of,
     temper,
 )
 from skimp.kernels.native.library import library
@@ -140,6 +142,41 @@ def test_the_lowest_of_equals_is_the_best() -> None:
     logits[2, 0], logits[2, 1] = -0.0, 0.0
     for form in (find_laws, plain_find_laws):
         assert form(logits, [0.0] * 3)[:2] == ([1.0, -5.0, 0.0], [70, 0, 0])
+
+
+@needs_native
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("pruned", [False, True], ids=["all words", "some words"])
+def test_a_guess_in_one_call_is_the_one_in_steps(isa: str, width: int, pruned: bool) -> None:
+    rng = np.random.default_rng(width)
+    logits = torch.cat([logits_of(width), logits_of(width, 1)])
+    logits[3] = -INF
+    logits[4, width // 2] = float("nan")
+    size = 3 * width if pruned else width
+    words = torch.from_numpy(rng.permutation(size)[:width]) if pruned else None
+    whole = torch.full((12, size), -INF)
+    whole[:, slice(None) if words is None else words] = logits
+    for scales in ([1.0, 0.5, 0.0] * 4, [0.0] * 12):
+        numbers = rng.random(12).tolist()
+        numbers[0], numbers[1] = 0.0, NEXT_TO_ONE
+        laws = [torch.empty(3, size, dtype=torch.float64) if scale else None for scale in scales]
+        places = [i % 3 for i in range(12)]
+        tops, tokens = guess_tokens(logits, words, scales, numbers, laws, places)
+        want_tops, want, weights = find_laws(whole, scales)
+        assert np.array_equal(tops, want_tops, equal_nan=True)
+        sampled = _sampled(tops, scales)
+        if sampled:
+            rows = rows_of([weights])
+            for i, token in zip(sampled, rows.draw([numbers[i] for i in sampled])):
+                want[i] = token
+            normal = torch.empty_like(weights)
+            rows.normalise([normal])
+            for i, row in zip(sampled, normal):
+                law = laws[i]
+                assert law is not None and torch.equal(law[places[i]], row)
+        right = [i for i, top in enumerate(tops) if math.isfinite(top)]
+        assert [tokens[i] for i in right] == [want[i] for i in right]
+        assert all(0 <= token < size for token in tokens)
 
 
 # ---- draws --------------------------------------------------------------------------------------

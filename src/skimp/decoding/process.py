@@ -208,6 +208,13 @@ def unwaited_weights(
     return weights
 
 
+def tempered_only(row: RowState, ahead: int) -> bool:
+    """Whether step 4 alone makes the row's law, ``ahead`` tokens past those committed."""
+    params = row.params
+    cut = params.temperature != 0.0 and (params.has_filters or params.min_p > 0.0)
+    return not cut and not row.touched(ahead)
+
+
 def inverse_temperature(params: SamplingParams) -> float:
     """1/T, cut where it would overflow: 0 * inf is no number. 0 where T is 0."""
     if params.temperature == 0.0:

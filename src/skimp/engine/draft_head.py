@@ -46,16 +46,13 @@ class HeadProposer(ModelProposer):
             feature_size=spec.hidden_size,
             guessed_rows=1 + options.longest_draft,
         )
-        super().__init__(served, coupled=coupled)
-        self._vocab_size = target.spec.vocab_size
         ids = head.token_ids.cpu()
-        every = torch.equal(ids, torch.arange(self._vocab_size))
-        self._words = None if every else ids.to(options.device)
-        # Logits of a round; what the head has no word for stays as it is.
-        self._whole = torch.full(
-            (0 if every else options.max_batch, self._vocab_size),
-            float("-inf"),
-            device=options.device,
+        every = torch.equal(ids, torch.arange(target.spec.vocab_size))
+        super().__init__(
+            served,
+            coupled=coupled,
+            vocab_size=target.spec.vocab_size,
+            words=None if every else ids.long().to(options.device),
         )
 
     def _begin(self, ask: Ask) -> Guess | None:
@@ -89,9 +86,6 @@ class HeadProposer(ModelProposer):
         self.served.cache.commit(seq.cache, kept, seq.tokens[guess.start : stop])
         seq.written = 0
 
-    def _highest(self) -> tuple[Tensor, Tensor] | None:
-        return super()._highest() if self._words is None else None
-
     def _logits(self, work: Sequence[GuessRows]) -> Tensor:
         runner = self.served.runner
         features = self._features(work)
@@ -99,10 +93,7 @@ class HeadProposer(ModelProposer):
         for rows in work:
             row += rows.num_tokens
             rows.guess.last_row = row - 1
-        logits = runner.run(work, features)
-        if self._words is None:
-            return logits
-        return self._whole[: len(logits)].index_copy_(1, self._words, logits)
+        return runner.run(work, features)
 
     def _features(self, work: Sequence[GuessRows]) -> Tensor:
         """What the rows go on from: the target's as long as there are any, then the head's own."""

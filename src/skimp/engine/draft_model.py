@@ -47,7 +47,7 @@ class DraftModel(ModelProposer):
             max_logits=options.max_batch,
             guessed_rows=1 + options.longest_draft,
         )
-        super().__init__(served, coupled=coupled)
+        super().__init__(served, coupled=coupled, vocab_size=decoder.spec.vocab_size)
 
     def _begin(self, ask: Ask) -> Guess | None:
         tokens, cache = ask.tokens, self.served.cache

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from skimp.cache import CacheSequence
 from skimp.decoding.deferred import DeviceDraws, deferrable, draw_on_device, draw_tables
-from skimp.decoding.process import judge, process
+from skimp.decoding.process import inverse_temperature, judge, process, tempered_only
 from skimp.decoding.proposal import EMPTY, Ask, Draft
 from skimp.decoding.rng import Purpose, uniforms
 from skimp.engine.request import Flying
 from skimp.engine.served import ServedModel
-from skimp.kernels.draws import rows_of
+from skimp.kernels.draws import guess_tokens, is_native, rows_of
 
 
 class DraftedSequence:
@@ -46,16 +46,17 @@ class Guess:
     laws: Tensor | None = None  # float64 [most, V], as far as there are tokens
     done: bool = False
 
-    def next_law(self, like: Tensor) -> Tensor:
-        """Where the law of its next token belongs, [1, V]."""
+    def room_for_laws(self, vocab_size: int, device: torch.device | None = None) -> Tensor:
+        """``laws``, which is made if need be."""
         if self.laws is None:
-            self.laws = like.new_empty(self.ask.most, like.shape[1])
-        return self.laws[len(self.tokens) : len(self.tokens) + 1]
+            self.laws = torch.empty(self.ask.most, vocab_size, dtype=torch.float64, device=device)
+        return self.laws
 
     def draft(self) -> Draft:
-        if not self.tokens:
+        count = len(self.tokens)
+        if not count:
             return EMPTY
-        return Draft(tuple(self.tokens), self.laws).cut(len(self.tokens))
+        return Draft(tuple(self.tokens), None if self.laws is None else self.laws[:count])
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,25 @@ class ModelProposer(ABC):
     for all rounds, as a GPU wants it.
     """
 
-    def __init__(self, served: ServedModel, *, coupled: bool) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        *,
+        coupled: bool,
+        vocab_size: int,
+        words: Tensor | None = None,
+    ) -> None:
+        """``vocab_size``: V of the target; ``words``: the tokens that the model has, int64 [W],
+        None: all."""
         self.served = served
         self._coupled = coupled
+        self._vocab_size, self._words = vocab_size, words
+        if words is not None:
+            assert int(words.min()) >= 0 and int(words.max()) < vocab_size
+            # Logits of a round; what the model has no word for stays as it is.
+            self._whole = torch.full(
+                (served.runner.buffers.max_logits, vocab_size), -torch.inf, device=words.device
+            )
         self.runs_ahead = served.runner.buffers.arena.is_cuda
         self._known: dict[Hashable, DraftedSequence] = {}
 
@@ -102,11 +119,17 @@ class ModelProposer(ABC):
 
     @abstractmethod
     def _logits(self, work: Sequence[GuessRows]) -> Tensor:
-        """Run a round: float32 [L, V], of the target's vocabulary."""
+        """Run a round: float32 [L, W], of the model's own words."""
+
+    def _spread(self, logits: Tensor) -> Tensor:
+        """Over the target's vocabulary, float32 [L, V]; valid until the next round."""
+        if self._words is None:
+            return logits
+        return self._whole[: len(logits)].index_copy_(1, self._words, logits)
 
     def _highest(self) -> tuple[Tensor, Tensor] | None:
-        """Of these logits, the maxima and where they are, if a backend has found them."""
-        return self.served.runner.backend.highest()
+        """Of a round's logits [L, V] the maxima and where they are, if a backend has found them."""
+        return None if self._words is not None else self.served.runner.backend.highest()
 
     @abstractmethod
     def _end_of(self, guess: Guess) -> None:
@@ -126,6 +149,7 @@ class ModelProposer(ABC):
         for guess in guesses:
             if guess is not None:
                 self._end_of(guess)
+                guess.laws = None if self._coupled else guess.laws
         return [EMPTY if guess is None else guess.draft() for guess in guesses]
 
     def end(self, key: Hashable) -> None:
@@ -153,8 +177,37 @@ class ModelProposer(ABC):
         drawing = [rows.guess for rows in work if rows.num_logits]
         if not drawing:
             return
-        views = [guess.ask.row.drafted(guess.tokens) for guess in drawing]
-        processed = process(logits, views)
+        leads = [len(guess.tokens) for guess in drawing]
+        if is_native(logits) and all(map(tempered_only, (g.ask.row for g in drawing), leads)):
+            tokens, errors = self._draw_tempered(drawing, leads, logits)
+        else:
+            tokens, errors = self._draw_processed(drawing, self._spread(logits))
+        for guess, token, error in zip(drawing, tokens, errors):
+            if error is not None:
+                guess.done = True
+                continue
+            guess.tokens.append(token)
+            guess.seq.tokens.append(token)
+            guess.done = len(guess.tokens) == guess.ask.most
+
+    def _draw_tempered(
+        self, drawing: Sequence[Guess], leads: Sequence[int], logits: Tensor
+    ) -> tuple[list[int], Sequence[str | None]]:
+        """As :meth:`_draw_processed`, of logits [L, W] in one call."""
+        scales = [inverse_temperature(guess.ask.row.params) for guess in drawing]
+        laws = [
+            guess.room_for_laws(self._vocab_size) if scale else None
+            for guess, scale in zip(drawing, scales)
+        ]
+        numbers = self._numbers(drawing, leads) if any(scales) else scales
+        tops, tokens = guess_tokens(logits, self._words, scales, numbers, laws, leads)
+        return tokens, [judge(top, top) for top in tops]
+
+    def _draw_processed(
+        self, drawing: Sequence[Guess], logits: Tensor
+    ) -> tuple[list[int], Sequence[str | None]]:
+        """A token for each, of logits [L, V], and why it has none."""
+        processed = process(logits, [guess.ask.row.drafted(guess.tokens) for guess in drawing])
         tokens = list(processed.best)
         weights, sampled = processed.weights, processed.sampled
         if weights is not None:
@@ -163,15 +216,10 @@ class ModelProposer(ABC):
             numbers = self._numbers(some, [len(guess.tokens) for guess in some])
             for i, token in zip(sampled, found.draw(numbers)):
                 tokens[i] = token
-            if not self._coupled:
-                found.normalise([guess.next_law(weights) for guess in some])
-        for i, guess in enumerate(drawing):
-            if processed.errors[i] is not None:
-                guess.done = True
-                continue
-            guess.tokens.append(tokens[i])
-            guess.seq.tokens.append(tokens[i])
-            guess.done = len(guess.tokens) == guess.ask.most
+            laws = [guess.room_for_laws(self._vocab_size, weights.device) for guess in some]
+            places = [len(guess.tokens) for guess in some]
+            found.normalise([law[i : i + 1] for law, i in zip(laws, places)])
+        return tokens, processed.errors
 
     def _may_run_ahead(self, guesses: Sequence[Guess]) -> bool:
         """When all begin with the first round and none needs the host to draw."""
@@ -204,7 +252,7 @@ class ModelProposer(ABC):
         for lead, (drawing, table) in enumerate(zip(by_lead, tables)):
             if lead:
                 work = [GuessRows(g, g.seq.cache.length + g.seq.written, 1, 1) for g in drawing]
-            logits = self._logits(work)
+            logits = self._spread(self._logits(work))
             draws = draw_on_device(logits, table, self._highest())
             drawn[: len(drawing)] = draws.tokens
             # A copy: the next replay of a graph finds its maxima at the same place.

@@ -113,6 +113,48 @@ def plain_find_laws(
     return highest, best.tolist(), weights
 
 
+def guess_tokens(
+    logits: Tensor,
+    words: Tensor | None,
+    scales: Sequence[float],
+    numbers: Sequence[float],
+    laws: Sequence[Tensor | None],
+    places: Sequence[int],
+) -> tuple[list[float], list[int]]:
+    """Natively, the largest of each row of float32 [N, W] and a token: the best where the scale is
+    0, else drawn by its number from :func:`temper`'s weights, which are left, as a law that sums to
+    1, in row ``places[i]`` of ``laws[i]`` float64 [k, V]. Column i is token ``words[i]`` int64 [W]
+    (None: i); others have no chance. The same tokens and laws as in single steps."""
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    count, width = logits.shape
+    assert len(scales) == len(numbers) == len(laws) == count
+    rows, law_width = array("q"), width
+    for law, place in zip(laws, places, strict=True):
+        if law is None:
+            rows.append(0)
+            continue
+        law_width = law.shape[1]
+        assert law.is_contiguous() and law.dtype == torch.float64 and place < len(law)
+        rows.append(law.data_ptr() + 8 * law_width * place)
+    assert law_width == width if words is None else len(words) == width
+    tops, tokens = array("d", numbers), array("q", rows)
+    library().guess_tokens(
+        logits.data_ptr(),
+        logits.stride(0),
+        0 if words is None else words.data_ptr(),
+        array("d", scales),
+        array("d", numbers),
+        count,
+        width,
+        law_width,
+        rows,
+        tops,
+        tokens,
+    )
+    return tops.tolist(), tokens.tolist()
+
+
 def random_numbers(
     keys: Sequence[int], positions: Sequence[int], leads: Sequence[int], purpose: int
 ) -> list[float]:

@@ -114,32 +114,82 @@ SKIMP_ALWAYS bool has(const float* from, int64_t count, float value) {
   return found;
 }
 
+constexpr int32_t SIGNLESS = 0x7fffffff, INFINITE = 0x7f800000;
+
+// False where there is a NaN.
+SKIMP_ALWAYS bool find_top(const float* logits, int64_t width, float* top, int64_t* at) {
+  // As integers of the same order: a maximum of floats is not vectorised, because of NaN.
+  int32_t most = INT32_MIN, largest = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    const int32_t bits = std::bit_cast<int32_t>(logits[i]);
+    const int32_t size = bits & SIGNLESS, key = bits ^ ((bits >> 31) & SIGNLESS);
+    most = key > most ? key : most;
+    largest = size > largest ? size : largest;
+  }
+  if (largest > INFINITE) return false;
+  *top = std::bit_cast<float>(most ^ ((most >> 31) & SIGNLESS));
+  *at = 0;
+  while (*at + BLOCK < width && !has(logits + *at, BLOCK, *top)) *at += BLOCK;
+  while (logits[*at] != *top) ++*at;
+  return true;
+}
+
+SKIMP_ALWAYS bool is_finite(float x) {
+  return (std::bit_cast<int32_t>(x) & SIGNLESS) < INFINITE;
+}
+
 SKIMP_ALWAYS void find_rows(const float* logits, int64_t stride, const double* scales,
                             int64_t rows, int64_t width, double* tops, int64_t* best,
                             double* weights) {
-  constexpr int32_t SIGNLESS = 0x7fffffff, INFINITE = 0x7f800000;
   for (int64_t row = 0; row < rows; ++row) {
     const float* from = logits + row * stride;
-    // As integers of the same order: a maximum of floats is not vectorised, because of NaN.
-    int32_t most = INT32_MIN, largest = 0;
-    for (int64_t i = 0; i < width; ++i) {
-      const int32_t bits = std::bit_cast<int32_t>(from[i]);
-      const int32_t size = bits & SIGNLESS, key = bits ^ ((bits >> 31) & SIGNLESS);
-      most = key > most ? key : most;
-      largest = size > largest ? size : largest;
-    }
+    float top = std::numeric_limits<float>::quiet_NaN();
     best[row] = 0;
-    tops[row] = std::numeric_limits<double>::quiet_NaN();
-    if (largest > INFINITE) continue;
-    const float top = std::bit_cast<float>(most ^ ((most >> 31) & SIGNLESS));
-    int64_t at = 0;
-    while (at + BLOCK < width && !has(from + at, BLOCK, top)) at += BLOCK;
-    while (from[at] != top) ++at;
-    tops[row] = top;
-    best[row] = at;
-    if (scales[row] > 0.0 && (std::bit_cast<int32_t>(top) & SIGNLESS) < INFINITE) {
+    if (find_top(from, width, &top, &best[row]) && scales[row] > 0.0 && is_finite(top)) {
       temper_row(from, top, scales[row], width, weights);
       weights += width;
+    }
+    tops[row] = top;
+  }
+}
+
+SKIMP_ALWAYS void spread_row(const float* logits, const int64_t* words, double top, double scale,
+                             int64_t width, int64_t law_width, double* weights) {
+  for (int64_t i = 0; i < law_width; ++i) weights[i] = 0.0;
+  double part[BLOCK];
+  for (int64_t first = 0; first < width; first += BLOCK) {
+    const int64_t count = width - first < BLOCK ? width - first : BLOCK;
+    temper_row(logits + first, top, scale, count, part);
+    for (int64_t i = 0; i < count; ++i) weights[words[first + i]] = part[i];
+  }
+}
+
+SKIMP_ALWAYS void guess_rows(const float* logits, int64_t stride, const int64_t* words,
+                             const double* scales, const double* numbers, int64_t rows,
+                             int64_t width, int64_t law_width, double* const* laws, double* tops,
+                             int64_t* tokens) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* from = logits + row * stride;
+    float top = std::numeric_limits<float>::quiet_NaN();
+    int64_t at = 0;
+    const bool right = find_top(from, width, &top, &at) && is_finite(top);
+    tops[row] = top;
+    tokens[row] = words ? words[at] : at;
+    if (!right) continue;
+    if (scales[row] > 0.0) {
+      double* law = laws[row];
+      if (words)
+        spread_row(from, words, top, scales[row], width, law_width, law);
+      else
+        temper_row(from, top, scales[row], width, law);
+      const Whole whole{law};
+      const double sum = sum_row(whole, law_width);
+      tokens[row] = draw_row(whole, law_width, numbers[row] * sum);
+      const double factor = 1.0 / sum;
+      for (int64_t i = 0; i < law_width; ++i) law[i] *= factor;
+    } else if (words) {
+      for (int64_t i = at; i < width; ++i)
+        if (from[i] == top && words[i] < tokens[row]) tokens[row] = words[i];
     }
   }
 }
@@ -209,6 +259,7 @@ SKIMP_ALWAYS void draw_left_rows(const double* const* weights, const double* con
 
 SKIMP_TARGETS(temper, temper_rows)
 SKIMP_TARGETS(find, find_rows)
+SKIMP_TARGETS(guess, guess_rows)
 SKIMP_TARGETS(normal, normalise_rows)
 SKIMP_TARGETS(sum, sum_rows)
 SKIMP_TARGETS(draw, draw_rows)
@@ -223,6 +274,12 @@ void temper(const float* logits, int64_t stride, const float* tops, const double
 void find_laws(const float* logits, int64_t stride, const double* scales, int64_t rows,
                int64_t width, double* tops, int64_t* best, double* weights) {
   find_any(logits, stride, scales, rows, width, tops, best, weights);
+}
+
+void guess_tokens(const float* logits, int64_t stride, const int64_t* words, const double* scales,
+                  const double* numbers, int64_t rows, int64_t width, int64_t law_width,
+                  double* const* laws, double* tops, int64_t* tokens) {
+  guess_any(logits, stride, words, scales, numbers, rows, width, law_width, laws, tops, tokens);
 }
 
 void random_numbers(const uint64_t* keys, const int64_t* positions, const int64_t* leads,

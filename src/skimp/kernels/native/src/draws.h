@@ -15,6 +15,13 @@ void temper(const float* logits, int64_t stride, const float* tops, const double
 void find_laws(const float* logits, int64_t stride, const double* scales, int64_t rows,
                int64_t width, double* tops, int64_t* best, double* weights);
 
+// A token for each row, by itself: the best where the scale is 0, else drawn by its number from its
+// law, which is left in laws[row], normalised, of law_width. Column i is token words[i] (null: i),
+// and all other tokens have no chance. The bits are those of find_laws, draw_tokens and normalise.
+void guess_tokens(const float* logits, int64_t stride, const int64_t* words, const double* scales,
+                  const double* numbers, int64_t rows, int64_t width, int64_t law_width,
+                  double* const* laws, double* tops, int64_t* tokens);
+
 // Philox4x32-10: a number in [0, 1) with 53 random bits for each key, position and lead; see
 // decoding/rng.py.
 void random_numbers(const uint64_t* keys, const int64_t* positions, const int64_t* leads,

@@ -199,6 +199,14 @@ PyObject* law_find(PyObject*, PyObject* const* args, Py_ssize_t given) {
   });
 }
 
+PyObject* law_guess(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  return with_arrays<11>(args, given, [](const long long* a) {
+    guess_tokens(pointer<float>(a[0]), a[1], pointer<int64_t>(a[2]), pointer<double>(a[3]),
+                 pointer<double>(a[4]), a[5], a[6], a[7], pointer<double*>(a[8]),
+                 pointer<double>(a[9]), pointer<int64_t>(a[10]));
+  });
+}
+
 PyObject* law_numbers(PyObject*, PyObject* const* args, Py_ssize_t given) {
   return with_arrays<6>(args, given, [](const long long* a) {
     random_numbers(pointer<uint64_t>(a[0]), pointer<int64_t>(a[1]), pointer<int64_t>(a[2]), a[3],
@@ -263,6 +271,9 @@ PyMethodDef METHODS[] = {
     {"temper", FAST(law_temper), "temper(logits, stride, tops, scales, rows, width, weights)"},
     {"find_laws", FAST(law_find),
      "find_laws(logits, stride, scales, rows, width, tops, best, weights)"},
+    {"guess_tokens", FAST(law_guess),
+     "guess_tokens(logits, stride, words, scales, numbers, rows, width, law_width, laws, tops, "
+     "tokens)"},
     {"random_numbers", FAST(law_numbers),
      "random_numbers(keys, positions, leads, purpose, count, numbers)"},
     {"normalise", FAST(law_normalise), "normalise(weights, rows, width, laws)"},
