@@ -129,8 +129,8 @@ def test_prompt_without_finite_logits_ends_its_own_request(
     other = engine.add_request([1, 2], greedy(3))
     engine.step()
 
-    def spoil(*sizes: int) -> Tensor:
-        logits = forward(*sizes).clone()
+    def spoil(*sizes: int, **kwargs: bool) -> Tensor:
+        logits = forward(*sizes, **kwargs).clone()
         logits[1:] = float("nan")  # all rows but the first request's
         return logits
 

@@ -91,11 +91,11 @@ def test_a_fault_while_a_preempted_token_flies(first: int, second: int) -> None:
     engine = build(cache_bytes=int(least * 1.15))
     forward, failed = engine.runner.backend.forward, []
 
-    def once(*args: int) -> torch.Tensor:
+    def once(*args: int, **kwargs: bool) -> torch.Tensor:
         if engine.scheduler.preemptions == 1 and not failed:
             failed.append(True)
             raise Fault
-        return forward(*args)
+        return forward(*args, **kwargs)
 
     engine.runner.backend.forward = once  # type: ignore[method-assign]
     found, _ = serve(engine, prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -50,8 +51,11 @@ class Backend(Protocol):
         until the next one. None where no head is served."""
         ...
 
-    def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
-        """Logits float32 [num_logits, V]; valid until the next call."""
+    def forward(
+        self, rows: int, num_seqs: int, num_logits: int, *, wants_features: bool = True
+    ) -> Tensor:
+        """Logits float32 [num_logits, V]; valid until the next call. ``wants_features``: whether a
+        model that a draft head goes on from leaves features, which takes some time."""
         ...
 
 
@@ -114,7 +118,12 @@ class StepBuffers:
             self.token_ids[:rows][late] = self.drawn.numpy()[source[late]]
 
     def step_inputs(
-        self, rows: int | None = None, num_seqs: int | None = None, num_logits: int | None = None
+        self,
+        rows: int | None = None,
+        num_seqs: int | None = None,
+        num_logits: int | None = None,
+        *,
+        wants_features: bool = True,
     ) -> StepInputs:
         """Tensors that share memory with the buffers, cut to the step (None: whole buffers)."""
         rows = self.max_rows if rows is None else rows
@@ -130,6 +139,7 @@ class StepBuffers:
             arena=self.arena,
             block_tables=tuple(table[:num_seqs] for table in self.table_tensors),
             features=None if self.features is None else self.features[:rows],
+            wants_features=wants_features,
         )
 
 
@@ -150,18 +160,28 @@ class PlainBackend:
         self._decoder, self._buffers, self._ops = decoder, buffers, ops
 
     @torch.inference_mode()
-    def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
+    def forward(
+        self, rows: int, num_seqs: int, num_logits: int, *, wants_features: bool = True
+    ) -> Tensor:
         buffers = self._buffers
         device = buffers.arena.device
         if device.type == "cpu":
             buffers.fetch_drawn(rows)
-        step = buffers.step_inputs(rows, num_seqs, num_logits).to(device)
+        step = buffers.step_inputs(rows, num_seqs, num_logits, wants_features=wants_features)
+        step = step.to(device)
         if device.type != "cpu":
             source = torch.from_numpy(buffers.token_source[:rows]).to(device)
             late = buffers.drawn[source.clamp(min=0)]
             step.token_ids = torch.where(source >= 0, late, step.token_ids)
         logits: Tensor = self._decoder(step, self._ops)
         return logits
+
+
+@dataclass(frozen=True)
+class _Captured:
+    program: native.Program
+    logits: Tensor
+    features: Tensor | None
 
 
 class NativeBackend:
@@ -188,6 +208,17 @@ class NativeBackend:
         threads: int | None,
         deterministic: bool,
     ) -> None:
+        self._buffers, self._threads, self._deterministic = buffers, threads or 0, deterministic
+        self._plain = self._captured(decoder, ops, wants_features=False)
+        self._fused = self._plain
+        if isinstance(decoder, Decoder) and decoder.fusion is not None:
+            self._fused = self._captured(decoder, ops, wants_features=True)
+        self._features = self._fused.features  # of the last forward
+
+    def _captured(
+        self, decoder: Forward, ops: native.NativeOps, *, wants_features: bool
+    ) -> _Captured:
+        buffers = self._buffers
         with (
             torch.inference_mode(),
             ops.capture(
@@ -196,15 +227,17 @@ class NativeBackend:
                 max_logits=buffers.max_logits,
             ) as program,
         ):
-            self._logits = decoder(buffers.step_inputs(), ops)
-            self._features = decoder.features
-        self._program, self._threads, self._deterministic = program, threads or 0, deterministic
-        self._buffers = buffers
+            logits = decoder(buffers.step_inputs(wants_features=wants_features), ops)
+        return _Captured(program, logits, decoder.features)
 
-    def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
+    def forward(
+        self, rows: int, num_seqs: int, num_logits: int, *, wants_features: bool = True
+    ) -> Tensor:
         self._buffers.fetch_drawn(rows)
-        self._program.run(rows, num_seqs, num_logits, self._threads, self._deterministic)
-        return self._logits[:num_logits]
+        chosen = self._fused if wants_features else self._plain
+        chosen.program.run(rows, num_seqs, num_logits, self._threads, self._deterministic)
+        self._features = chosen.features
+        return chosen.logits[:num_logits]
 
 
 def choose_backend(

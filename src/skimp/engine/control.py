@@ -26,10 +26,11 @@ OWN_PRIOR = 4.0  # guesses that the counts over all weigh beside a sequence's ow
 SHARE_OF_ALL = 0.25  # a sequence whose guesses stand less often than this, of what is usual, rests
 PRIOR_STANDS, PRIOR_COUNT = 0.7, 2.0  # before anything is known
 PRIOR_SLOPE = 0.15  # of a guessed row, in plain steps
-LOSS = 0.01  # that trying may cost
+LOSS = 0.007  # that trying may cost
 MOST_STEPS_APART, LEAST_STEPS_APART = 1024, 16  # of tries
-GUESSING_STEPS = 3  # of a try to guess; the first has to catch up, and tells nothing of time
-BESIDE = 12  # steps from one of another length to the next
+GUESSING_STEPS = 4  # of a try to guess; the first ones catch up, and tell nothing of time
+HOLD_OFF, HOLD_ON = 8, 2  # steps that a decision stands
+BESIDE = 8  # decisions from one for a length beside the best to the next
 GAIN_TO_BEGIN = 1.02  # hysteresis: guessing begins above this gain, and ends below 1
 GAIN_TO_ASK = 0.8  # what is predicted above this, of steps not done yet, is tried at once
 
@@ -77,26 +78,30 @@ class LengthControl:
         self._asked = self._made = 1.0
         self._own: dict[Hashable, tuple[float, float]] = {}  # guesses judged, and those that stood
         self._on: dict[int, bool] = {}
-        self._steps = 0  # that guessed
+        self._decisions = 0  # to guess
         self._since = 0  # steps since the other way was tried
-        self._left = 0  # steps of a try that are still to come
-        self._tried = 0  # the length that it tries
+        self._bucket = 0
+        self._held, self._left = 0, 0  # a decision, and for how many steps more it stands
+        self._age = 0  # steps since counts last faded
         self._guessed = False  # in the last step
 
     # ---- what is decided ------------------------------------------------------------------
 
     def next_length(self, batch: int) -> int:
         """The most to be guessed in the next step, of ``batch`` sequences. Call it once a step."""
-        self._fade()
+        self._age += 1
         if batch < 1:
             return 0
-        if self._left:
+        bucket = bucket_of(batch)
+        if self._left and bucket == self._bucket:
             self._left -= 1
-            return self._tried
+            self._since += 1
+            return self._held
+        self._bucket, self._left = bucket, 0
+        self._fade()
         times = self._times_of(batch)
         if times.samples(0) < LEAST_SAMPLES:
             return 0
-        bucket = bucket_of(batch)
         best, gain, expected = self._best(times, bucket)
         on = self._on[bucket] = gain > (1.0 if self._on.get(bucket) else GAIN_TO_BEGIN)
         self._since += 1
@@ -105,17 +110,20 @@ class LengthControl:
         steps = self._plain_steps if on else GUESSING_STEPS
         loss = steps * (gain - 1.0 if on else expected * (1.0 / gain - 1.0))
         if self._since < min(max(loss / LOSS, LEAST_STEPS_APART), MOST_STEPS_APART):
-            return self._about(best) if on else 0
-        self._since, self._left = 0, steps - 1
-        self._tried = 0 if on else best
-        return self._tried
+            return self._hold(self._about(best), HOLD_ON) if on else self._hold(0, HOLD_OFF)
+        self._since = 0
+        return self._hold(0 if on else best, steps)
+
+    def _hold(self, length: int, steps: int) -> int:
+        self._held, self._left = length, steps - 1
+        return length
 
     def _about(self, best: int) -> int:
         """``best`` and, now and then, a length beside it: one unlucky time must not rule it out."""
-        self._steps += 1
-        if self._steps % BESIDE:
+        self._decisions += 1
+        if self._decisions % BESIDE:
             return best
-        longer = self._steps % (2 * BESIDE) == 0
+        longer = self._decisions % (2 * BESIDE) == 0
         return min(best + 1, self._longest) if longer else max(best - 1, 1)
 
     def rests(self, key: Hashable) -> bool:
@@ -177,11 +185,12 @@ class LengthControl:
 
     def _fade(self) -> None:
         """What was counted long ago weighs less, but never nothing: a chance needs two counts."""
+        fade, self._age = FADE**self._age, 0
         if self._asked > 1.0:
-            self._asked *= FADE
-            self._made *= FADE
+            self._asked *= fade
+            self._made *= fade
         for place, reached in enumerate(self._reached):
-            faded = max(reached * FADE, min(reached, PRIOR_COUNT))
+            faded = max(reached * fade, min(reached, PRIOR_COUNT))
             self._stood[place] *= faded / reached
             self._reached[place] = faded
 

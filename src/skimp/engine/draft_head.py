@@ -23,6 +23,8 @@ class HeadProposer(ModelProposer):
     remembers what it has seen without a gap: after one it begins again with an empty past.
     """
 
+    needs_features = True
+
     def __init__(
         self,
         head: DraftHead,

@@ -86,6 +86,8 @@ class ModelProposer(ABC):
     for all rounds, as a GPU wants it.
     """
 
+    needs_features = False  # a sequence without them is not asked for
+
     def __init__(
         self,
         served: ServedModel,

@@ -260,12 +260,13 @@ class Engine:
         flying, self._flight = self._flight, None
         before, launched, landed = flying, None, None
         try:
-            if self.lengths.decide(len(self.scheduler.running)) and before is not None:
+            guesses = self.lengths.decide(len(self.scheduler.running))
+            if guesses and before is not None:
                 self._commit(before)
                 outputs += self._land(before)
                 before = None
             try:
-                launched = self._launch(before)
+                launched = self._launch(before, guesses)
             finally:
                 # Whatever became of the launch: the tokens on the device last until the next one.
                 if before is not None:
@@ -294,7 +295,7 @@ class Engine:
         guessed: int = getattr(self.scheduler.proposer, "captures", 0)
         return self.runner.backend.captures + guessed
 
-    def _launch(self, before: Flight | None) -> Flight | None:
+    def _launch(self, before: Flight | None, guesses: bool) -> Flight | None:
         """Start a step while ``before`` flies; None when there is nothing to compute."""
         if before is not None:
             self._commit(before)
@@ -304,9 +305,10 @@ class Engine:
             assert not waits, "requests wait, but none could be scheduled"
             return None
         try:
-            self.scheduler.add_drafts(work, self.lengths.of, self._features)
+            if guesses:
+                self.scheduler.add_drafts(work, self.lengths.of, self._features)
             self._features = {}
-            return self._start(work)
+            return self._start(work, guesses)
         except BaseException:
             self._roll_back(work)
             raise
@@ -329,9 +331,9 @@ class Engine:
             if item.seq.cache is not None and item.seq.cache.pending:
                 self.cache.commit(item.seq.cache, 0, [])
 
-    def _start(self, work: list[Work]) -> Flight:
+    def _start(self, work: list[Work], guesses: bool) -> Flight:
         self._newest = next(self._numbers)
-        flight = Flight(self._newest, work, self.runner.run(work))
+        flight = Flight(self._newest, work, self.runner.run(work, wants_features=guesses))
         line, row, alone = 0, 0, self._overlap
         for item in work:
             line += item.num_logits

@@ -15,6 +15,7 @@ from skimp.kernels.ops import StepBounds, StepInputs
 from skimp.kernels.triton import vendor
 from skimp.kernels.triton.ops import TritonOps
 from skimp.kernels.triton.rows import pick_drawn, row_max
+from skimp.model.decoder import Decoder
 
 ROWS_GRAPHED = (1, 2, 3, 5, 9, 17, 33)  # of a sequence: few, for each takes a capture
 
@@ -22,11 +23,12 @@ ROWS_GRAPHED = (1, 2, 3, 5, 9, 17, 33)  # of a sequence: few, for each takes a c
 @dataclass(frozen=True)
 class Shape:
     """``seqs`` sequences of at most ``rows`` rows, padding included; ``every``: logits of all rows,
-    else of one a sequence."""
+    else of one a sequence; ``wants_features``: where a draft head goes on from the model."""
 
     seqs: int
     rows: int
     every: bool
+    wants_features: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -74,6 +76,7 @@ class GraphBackend:
         self._graphs: dict[Shape, Captured] = {}
         self._highest: tuple[Tensor, Tensor] | None = None
         self._features: Tensor | None = None
+        self._fuses = isinstance(decoder, Decoder) and decoder.fusion is not None
         self._pool = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         most = 5 * buffers.max_rows + buffers.max_seqs + 1 + buffers.max_logits
         self._staging = torch.zeros(most, dtype=torch.int32, pin_memory=True)
@@ -98,12 +101,16 @@ class GraphBackend:
         return self._graphs[Shape(self._size(batch), 1, False)].graph
 
     @torch.inference_mode()
-    def forward(self, rows: int, num_seqs: int, num_logits: int) -> Tensor:
-        shape = self._shape(rows, num_seqs, num_logits)
+    def forward(
+        self, rows: int, num_seqs: int, num_logits: int, *, wants_features: bool = True
+    ) -> Tensor:
+        wants_features = wants_features and self._fuses
+        shape = self._shape(rows, num_seqs, num_logits, wants_features)
         if shape is None:
             self._send(rows, num_seqs, num_logits)
             self._highest = None
-            logits = self._run(self._step(rows, num_seqs, num_logits, self._bounds(rows, num_seqs)))
+            bounds = self._bounds(rows, num_seqs)
+            logits = self._run(self._step(rows, num_seqs, num_logits, bounds, wants_features))
             self._features = self._decoder.features
             return logits
         self._pad(rows, num_seqs, num_logits, shape)
@@ -120,18 +127,20 @@ class GraphBackend:
     def _size(self, num_seqs: int) -> int:
         return self._sizes[bisect_left(self._sizes, num_seqs)]
 
-    def _shape(self, rows: int, num_seqs: int, num_logits: int) -> Shape | None:
+    def _shape(
+        self, rows: int, num_seqs: int, num_logits: int, wants_features: bool
+    ) -> Shape | None:
         """The smallest that has a graph and holds the step; None: there is none."""
         if num_seqs > self._sizes[-1]:
             return None
         size = self._size(num_seqs)
         if rows == num_seqs == num_logits:
-            return Shape(size, 1, False)
+            return Shape(size, 1, False, wants_features)
         most = int(np.diff(self._buffers.seq_starts[: num_seqs + 1]).max())
         if most > self._buffers.guessed_rows:
             return None
         most = ROWS_GRAPHED[bisect_left(ROWS_GRAPHED, most)]
-        shape = Shape(size, most, num_logits > num_seqs)
+        shape = Shape(size, most, num_logits > num_seqs, wants_features)
         return None if shape.num_rows > MOST_GRAPHED else shape
 
     def highest(self) -> tuple[Tensor, Tensor] | None:
@@ -160,7 +169,9 @@ class GraphBackend:
 
     def _capture(self, shape: Shape) -> Captured:
         bounds = StepBounds(shape.rows, self._max_context, captured=True)
-        step = self._step(shape.num_rows, shape.seqs, shape.num_logits, bounds)
+        step = self._step(
+            shape.num_rows, shape.seqs, shape.num_logits, bounds, shape.wants_features
+        )
         features = None if step.features is None else step.features.clone()
         row_max(self._run(step))  # compiles; the replay writes the same keys and values again
         if features is not None:
@@ -212,7 +223,14 @@ class GraphBackend:
     def _source(self, rows: int) -> Tensor:
         return self._inputs[rows : 2 * rows]
 
-    def _step(self, rows: int, num_seqs: int, num_logits: int, bounds: StepBounds) -> StepInputs:
+    def _step(
+        self,
+        rows: int,
+        num_seqs: int,
+        num_logits: int,
+        bounds: StepBounds,
+        wants_features: bool,
+    ) -> StepInputs:
         """Where :meth:`_send` puts the inputs of a step of this size."""
         counts = (rows, rows, rows, rows, rows, num_seqs + 1, num_logits)
         parts = self._inputs[: sum(counts)].split(counts)
@@ -227,4 +245,5 @@ class GraphBackend:
             block_tables=tuple(self._tables),
             bounds=bounds,
             features=None if self._buffers.features is None else self._buffers.features[:rows],
+            wants_features=wants_features,
         )

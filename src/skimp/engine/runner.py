@@ -47,9 +47,15 @@ class Runner:
         self.backend, self.buffers = backend, buffers
         self._tables = BlockTables(buffers.tables)
 
-    def run(self, work: Sequence[Rows], features: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        work: Sequence[Rows],
+        features: Tensor | None = None,
+        *,
+        wants_features: bool = True,
+    ) -> Tensor:
         """Logits float32 [L, V] of the rows each part of the work asked for, in order; of a draft
-        head from the rows' ``features`` float32 [R, D]."""
+        head from the rows' ``features`` float32 [R, D]. ``wants_features``: see ``Backend``."""
         buffers = self.buffers
         self.backend.wait()
         if features is not None:
@@ -87,7 +93,7 @@ class Runner:
         buffers.seq_starts[len(work)] = row
         caches = [item.seq.cache for item in work if item.seq.cache is not None]
         buffers.changed_tables.update(self._tables.update(caches))
-        return self.backend.forward(row, len(work), logit)
+        return self.backend.forward(row, len(work), logit, wants_features=wants_features)
 
     @contextmanager
     def sampling_threads(self) -> Iterator[None]:

@@ -167,7 +167,10 @@ class Scheduler:
         logits = self.max_logits - sum(item.num_logits for item in work)
         share = min(budget // len(may), logits // len(may))
         asks: dict[int, Ask] = {}
+        needs = getattr(self.proposer, "needs_features", False)
         for i in may:
+            if needs and work[i].seq not in features:
+                continue
             most = min(share, length(work[i].seq), work[i].seq.tokens_left - 1)
             if most > 0:
                 asks[i] = _ask(work[i].seq, most, features.get(work[i].seq))

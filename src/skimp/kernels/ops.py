@@ -56,6 +56,7 @@ class StepInputs:
     block_tables: tuple[Tensor, ...] = ()  # per group int32 [S, pages]: page address / 64 bytes
     bounds: StepBounds | None = None  # for backends that may not look at the tensors
     features: Tensor | None = None  # float32 [R, D]: what a draft head's rows go on from
+    wants_features: bool = True  # whether a model leaves those of its rows, if it has a fusion
 
     def to(self, device: torch.device) -> StepInputs:
         """The same step with its small tensors on ``device``; the arena stays where it is."""

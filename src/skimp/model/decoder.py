@@ -144,7 +144,7 @@ class Decoder(nn.Module):
     def states(self, step: StepInputs, ops: Ops) -> Tensor:
         """What leaves the last layer, float32 [R, D]; the caches gain the step's rows."""
         x_RD = self.embed(step, ops)
-        fusion, features = self.fusion, None
+        fusion, features = self.fusion if step.wants_features else None, None
         for index, layer in enumerate(self.layers):
             if fusion is not None:
                 features = fusion.add(index, x_RD, features, ops)
