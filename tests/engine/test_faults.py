@@ -106,7 +106,7 @@ def test_engine_goes_on_after_a_step_that_failed(monkeypatch: pytest.MonkeyPatch
     engine.add_request([1, 2, 3], greedy(6))
     engine.step()
 
-    def fail(*_: Any) -> Tensor:
+    def fail(*_: Any, **__: Any) -> Tensor:
         raise MemoryError
 
     with monkeypatch.context() as broken:

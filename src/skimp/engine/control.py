@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable, Sequence
 
-SAMPLES = 9  # steps whose median is a time
+SAMPLES = 15  # steps whose median is a time
 LEAST_SAMPLES = 3  # before a time is believed
-FADE = 0.97  # of counts, a step
+FADE = 0.985  # of counts, a step
 OWN_PRIOR = 4.0  # guesses that the counts over all weigh beside a sequence's own
 SHARE_OF_ALL = 0.25  # a sequence whose guesses stand less often than this, of what is usual, rests
 PRIOR_STANDS, PRIOR_COUNT = 0.7, 2.0  # before anything is known
@@ -30,7 +30,7 @@ LOSS = 0.007  # that trying may cost
 MOST_STEPS_APART, LEAST_STEPS_APART = 1024, 16  # of tries
 GUESSING_STEPS = 4  # of a try to guess; the first ones catch up, and tell nothing of time
 HOLD_OFF, HOLD_ON = 8, 2  # steps that a decision stands
-BESIDE = 8  # decisions from one for a length beside the best to the next
+BESIDE = 12  # decisions from one for a length beside the best to the next
 GAIN_TO_BEGIN = 1.02  # hysteresis: guessing begins above this gain, and ends below 1
 GAIN_TO_ASK = 0.8  # what is predicted above this, of steps not done yet, is tried at once
 
