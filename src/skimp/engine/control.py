@@ -29,6 +29,7 @@ PRIOR_SLOPE = 0.15  # of a guessed row, in plain steps
 LOSS = 0.007  # that trying may cost
 MOST_STEPS_APART, LEAST_STEPS_APART = 1024, 16  # of tries
 GUESSING_STEPS = 4  # of a try to guess; the first ones catch up, and tell nothing of time
+MOST_ASKED = 6  # steps that are tried at once, as some tell nothing of time
 HOLD_OFF, HOLD_ON = 8, 2  # steps that a decision stands
 BESIDE = 12  # decisions from one for a length beside the best to the next
 GAIN_TO_BEGIN = 1.02  # hysteresis: guessing begins above this gain, and ends below 1
@@ -84,6 +85,11 @@ class LengthControl:
         self._held, self._left = 0, 0  # a decision, and for how many steps more it stands
         self._age = 0  # steps since counts last faded
         self._guessed = False  # in the last step
+        self._asked_for: dict[
+            tuple[int, int], int
+        ] = {}  # steps of a batch and length tried at once
+        self._trial: list[float] | None = None  # seconds of the steps of a try to guess
+        self._losses: dict[int, float] = {}  # of the last such try, in plain steps
 
     # ---- what is decided ------------------------------------------------------------------
 
@@ -106,12 +112,22 @@ class LengthControl:
         on = self._on[bucket] = gain > (1.0 if self._on.get(bucket) else GAIN_TO_BEGIN)
         self._since += 1
         if not on and gain > GAIN_TO_ASK and times.samples(best) < LEAST_SAMPLES:
-            return best
+            asked = self._asked_for.get((bucket, best), 0)
+            self._asked_for[bucket, best] = asked + 1
+            if asked < MOST_ASKED:
+                return best
+        if self._trial:
+            lost = sum(self._trial) / times.medians()[0][1] - expected * len(self._trial)
+            self._losses[bucket] = lost * GUESSING_STEPS / len(self._trial)
+        self._trial = None
         steps = self._plain_steps if on else GUESSING_STEPS
         loss = steps * (gain - 1.0 if on else expected * (1.0 / gain - 1.0))
+        if not on:  # catching up may take longer than guessing
+            loss = max(loss, self._losses.get(bucket, 0.0))
         if self._since < min(max(loss / LOSS, LEAST_STEPS_APART), MOST_STEPS_APART):
             return self._hold(self._about(best), HOLD_ON) if on else self._hold(0, HOLD_OFF)
         self._since = 0
+        self._trial = None if on else []
         return self._hold(0 if on else best, steps)
 
     def _hold(self, length: int, steps: int) -> int:
@@ -175,6 +191,8 @@ class LengthControl:
     def time(self, batch: int, rows: int, seconds: float) -> None:
         """A step in which ``batch`` sequences gained tokens and nothing else was done, with
         ``rows`` guessed rows in all."""
+        if self._trial is not None and rows:
+            self._trial.append(seconds)
         before, self._guessed = self._guessed, rows > 0
         if not rows or before:
             self._times_of(batch).add(-(-rows // batch), seconds)
