@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--wide", action="store_true", help="the model in Llama-3.1-8B's shape")
     parser.add_argument("--slice", type=float, default=0.5, help="seconds")
     parser.add_argument("--slices", type=int, default=7)
+    parser.add_argument("--levels", help="going up, e.g. 1,16; all powers of two by default")
     parser.add_argument("--warm", type=int, default=1, help="slices at each level before")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -135,11 +136,14 @@ def main() -> None:
         name: Side(engine, prompts, {"temperature": given.temperature})
         for name, engine in {
             "never": build(),
+            "never, again": build(),
             "always": build(**guessing, draft_control=False),
             "as it pays": build(**guessing),
         }.items()
     }
     up = [1 << i for i in range(given.most.bit_length())]
+    if given.levels:
+        up = [int(level) for level in given.levels.split(",")]
     machine = torch.cuda.get_device_name() if given.device == "cuda" else cpu_model()
     lines = [
         "# Guesses as they pay, while the load rises and falls",
@@ -148,8 +152,9 @@ def main() -> None:
         f"- machine: {machine}",
         f"- command: `python benchmarks/never_slower.py {' '.join(sys.argv[1:])}`",
         "",
-        "| sequences | never, tokens/s | always | as it pays | over the better (least to most) |",
-        "|---|---|---|---|---|",
+        "| sequences | never, tokens/s | never, again (noise) | always | as it pays "
+        "| over the better (least to most) |",
+        "|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     for level in up:  # what is prepared once for each size is
@@ -165,12 +170,14 @@ def main() -> None:
         for index in range(given.slices + 1):
             for name in list(sides)[:: -1 if index % 2 else 1]:
                 sides[name].slice(level, given.slice)
-        never, always, paid = (side.rates[1:] for side in sides.values())
+        never, again, always, paid = (side.rates[1:] for side in sides.values())
         better = never if statistics.median(never) >= statistics.median(always) else always
         ratios = [a / b for a, b in zip(paid, better)]
+        noise = [x / y for x, y in zip(again, never)]
         a, b, c = (statistics.median(one) for one in (never, always, paid))
         lines.append(
-            f"| {level} | {a:,.0f} | {b / a:.2f}x | {c / a:.2f}x | "
+            f"| {level} | {a:,.0f} | {statistics.median(noise):.2f} ({min(noise):.2f} to "
+            f"{max(noise):.2f}) | {b / a:.2f}x | {c / a:.2f}x | "
             f"{statistics.median(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f}) |"
         )
         print(lines[-1], flush=True)

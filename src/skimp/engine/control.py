@@ -28,7 +28,9 @@ PRIOR_STANDS, PRIOR_COUNT = 0.7, 2.0  # before anything is known
 PRIOR_SLOPE = 0.15  # of a guessed row, in plain steps
 LOSS = 0.007  # that trying may cost
 MOST_STEPS_APART, LEAST_STEPS_APART = 1024, 16  # of tries
-GUESSING_STEPS = 4  # of a try to guess; the first ones catch up, and tell nothing of time
+TRY_STEPS = 4  # of a try
+SETTLED = 3  # the step of its kind in a row from which on a plain step is as fast as ever, the
+# processor's caches being full of its weights again; a guessing one is once it has caught up
 MOST_ASKED = 6  # steps that are tried at once, as some tell nothing of time
 HOLD_OFF, HOLD_ON = 8, 2  # steps that a decision stands
 BESIDE = 12  # decisions from one for a length beside the best to the next
@@ -68,11 +70,10 @@ class StepTimes:
 
 
 class LengthControl:
-    """One for an engine. ``longest`` is the most that is guessed; a try of plain generation takes
-    ``plain_steps`` in a row, of which steps that overlap need some before one counts."""
+    """One for an engine. ``longest`` is the most that is guessed."""
 
-    def __init__(self, longest: int, *, plain_steps: int = 1) -> None:
-        self._longest, self._plain_steps = longest, plain_steps
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
         self._times: dict[int, StepTimes] = {}
         self._reached = [PRIOR_COUNT] * longest
         self._stood = [PRIOR_COUNT * PRIOR_STANDS] * longest
@@ -85,6 +86,7 @@ class LengthControl:
         self._held, self._left = 0, 0  # a decision, and for how many steps more it stands
         self._age = 0  # steps since counts last faded
         self._guessed = False  # in the last step
+        self._row = 0  # of so many that all guessed, or all did not
         self._asked_for: dict[
             tuple[int, int], int
         ] = {}  # steps of a batch and length tried at once
@@ -118,17 +120,16 @@ class LengthControl:
                 return best
         if self._trial:
             lost = sum(self._trial) / times.medians()[0][1] - expected * len(self._trial)
-            self._losses[bucket] = lost * GUESSING_STEPS / len(self._trial)
+            self._losses[bucket] = lost * TRY_STEPS / len(self._trial)
         self._trial = None
-        steps = self._plain_steps if on else GUESSING_STEPS
-        loss = steps * (gain - 1.0 if on else expected * (1.0 / gain - 1.0))
+        loss = TRY_STEPS * (gain - 1.0 if on else expected * (1.0 / gain - 1.0))
         if not on:  # catching up may take longer than guessing
             loss = max(loss, self._losses.get(bucket, 0.0))
         if self._since < min(max(loss / LOSS, LEAST_STEPS_APART), MOST_STEPS_APART):
             return self._hold(self._about(best), HOLD_ON) if on else self._hold(0, HOLD_OFF)
         self._since = 0
         self._trial = None if on else []
-        return self._hold(0 if on else best, steps)
+        return self._hold(0 if on else best, TRY_STEPS)
 
     def _hold(self, length: int, steps: int) -> int:
         self._held, self._left = length, steps - 1
@@ -193,8 +194,9 @@ class LengthControl:
         ``rows`` guessed rows in all."""
         if self._trial is not None and rows:
             self._trial.append(seconds)
-        before, self._guessed = self._guessed, rows > 0
-        if not rows or before:
+        self._row = self._row + 1 if self._guessed == (rows > 0) else 1
+        self._guessed = rows > 0
+        if self._row >= (2 if rows else SETTLED):
             self._times_of(batch).add(-(-rows // batch), seconds)
 
     def end(self, key: Hashable) -> None:

@@ -93,8 +93,8 @@ class Engine:
         )
         # Guesses follow from tokens that the host has seen, so steps that guess never overlap.
         self._overlap = options.overlaps and (proposer is None or options.controls)
-        control = LengthControl(drafts, plain_steps=4 if self._overlap else 1)
-        self.lengths = Lengths(drafts, control if options.controls and drafts else None)
+        control = LengthControl(drafts) if options.controls and drafts else None
+        self.lengths = Lengths(drafts, control)
         self._flight: Flight | None = None  # launched, and not landed
         # What the last step left for a draft head, of the tokens that it settled.
         self._features: dict[Sequence, Tensor] = {}
