@@ -68,3 +68,16 @@ def test_refused(
     assert done.exit_code == 2 and not out.exists(), done.output
     (line,) = done.stderr.splitlines()
     assert line.startswith("skimp: error: ") and field in line
+
+
+def test_what_was_trained_guesses(
+    skimp: Callable[..., Any], model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "head"
+    done = skimp("draft", "train", model_dir, "-o", out, "--text", text, *QUICK, "--vocabulary", 90)
+    assert done.exit_code == 0, done.output
+    asked = ["generate", model_dir, "It was", "--max-tokens", 12, "--temperature", 0, "--json"]
+    plain = json.loads(skimp(*asked).stdout)
+    done = skimp(*asked, "--speculate", "head", "--draft-model", out)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["token_ids"] == plain["token_ids"]
